@@ -1,0 +1,80 @@
+"""What all tests share: drawn images, a tiny recipe, and a cache that is gone afterwards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Before any library reads them: tests never touch the network, and two threads never fight over two cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_finetune.recipe import Recipe, build_recipe
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 50), "yellow": (220, 210, 40)}
+"""Classes that a model of any size learns in a few steps, by the mean colour of their images."""
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a cache of its own, and works in a folder of its own."""
+    monkeypatch.setenv("VIT_FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+def draw_image(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    """A noisy image of one colour; size is (width, height)."""
+    noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(colour) + noise, 0, 255).astype(np.uint8))
+
+
+def draw_folder(root: Path, classes: int = 3, per_class: int = 12, suffix: str = ".png") -> Path:
+    """A folder of class folders with drawn images of different sizes."""
+    for number, (name, colour) in enumerate(list(COLOURS.items())[:classes]):
+        (root / name).mkdir(parents=True)
+        for index in range(per_class):
+            size = (20 + index % 5, 18 + index % 7)
+            draw_image(colour, 1000 * number + index, size).save(root / name / f"{index}{suffix}")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three colours, twelve images each."""
+    return draw_folder(tmp_path / "photos")
+
+
+TINY_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 4,
+    "image_size": 16,
+}
+
+
+def tiny_recipe(path: str | Path, output_dir: str | Path, **sections: dict[str, Any]) -> Recipe:
+    """A recipe that trains a tiny ViT in seconds; sections are merged into it key by key."""
+    values: dict[str, dict[str, Any]] = {
+        "data": {"path": str(path), "validation_fraction": 0.25, "test_fraction": 0.25},
+        "augmentation": {},
+        "model": {"config": TINY_VIT},
+        "training": {
+            "output_dir": str(output_dir),
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "bf16": False,
+            "use_cpu": True,
+        },
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return build_recipe(values, name="tiny")

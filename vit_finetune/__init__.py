@@ -1,0 +1,55 @@
+"""Fine-tune Vision Transformers: one recipe file takes a folder of images to an evaluated, documented model."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_finetune.data.splits import load_splits
+    from vit_finetune.evaluation.prediction import predict
+    from vit_finetune.evaluation.scoring import evaluate
+    from vit_finetune.finetuning import finetune
+    from vit_finetune.model.loading import load_model
+    from vit_finetune.recipe import Recipe, load_recipe
+    from vit_finetune.run import Report, Run
+    from vit_finetune.training.trainer import ViTTrainer, ViTTrainingArguments
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "Run": "run",
+    "Report": "run",
+    "finetune": "finetuning",
+    "evaluate": "evaluation.scoring",
+    "predict": "evaluation.prediction",
+    "load_splits": "data.splits",
+    "load_model": "model.loading",
+    "ViTTrainer": "training.trainer",
+    "ViTTrainingArguments": "training.trainer",
+}
+
+__all__ = [
+    "Recipe",
+    "Report",
+    "Run",
+    "ViTTrainer",
+    "ViTTrainingArguments",
+    "evaluate",
+    "finetune",
+    "load_model",
+    "load_recipe",
+    "load_splits",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported on first use (PEP 562): torch and transformers take seconds to import."""
+    if name in _HOMES:
+        return getattr(import_module(f"vit_finetune.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

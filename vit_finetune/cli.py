@@ -1,0 +1,202 @@
+"""The verbs: parse the words, call one function, show the answer.
+
+Exit codes: 0 done; 1 the work failed; 2 the words or the recipe are wrong; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vit_finetune import __version__
+from vit_finetune.console import fail, say, show_table
+from vit_finetune.recipe import Recipe, RecipeError, bundled_recipes, load_recipe
+from vit_finetune.run import Interrupted, RunError, is_disk_full
+
+app = typer.Typer(
+    help="One recipe file takes a folder of images to an evaluated, documented Vision Transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe keys to set, such as data.path=photos/.")
+]
+Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a Hub id.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Look at data, recipe and machine; train nothing."""
+    loaded = _load(recipe, overrides)
+
+    def work() -> None:
+        from vit_finetune.finetuning import check
+
+        facts = check(loaded)
+        if as_json:
+            _print_json(facts)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model and score it."""
+    loaded = _load(recipe, overrides)
+
+    def work() -> None:
+        from vit_finetune.run import Run
+
+        Run(loaded.output_dir).check_free(resume)  # at once, before the seconds that the imports take
+        from vit_finetune.finetuning import finetune
+
+        finetune(loaded, resume=resume, command=_command())
+
+    _guarded(work, debug)
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    data: Annotated[str | None, typer.Option(help="Images to score on; a run's own if left out.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run or a model again, on its own or other images."""
+
+    def work() -> None:
+        from vit_finetune.evaluation.scoring import evaluate
+
+        report = evaluate(target, data, split)
+        if as_json:
+            _print_json(json.loads(report.to_json()))
+            return
+        low, high = report.accuracy_interval
+        rows = [
+            ["images", f"{report.num_images:,}"],
+            ["accuracy", f"{report.accuracy:.4f}  [{low:.4f}, {high:.4f}]"],
+            ["macro F1", f"{report.macro_f1:.4f}"],
+            ["balanced accuracy", f"{report.balanced_accuracy:.4f}"],
+            ["log loss", f"{report.log_loss:.4f}"],
+            ["calibration error", f"{report.ece:.4f}"],
+        ]
+        show_table(f"{target} on {data or 'its own images'}: {report.split}", ["score", ""], rows)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def predict(
+    target: Target,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER…", help="Images to classify.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name for each.")] = 5,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Classify images."""
+
+    def work() -> None:
+        from vit_finetune.evaluation.prediction import predict
+
+        answers = predict(target, images, top)
+        if as_json:
+            _print_json(answers)
+            return
+        for answer in answers:
+            classes = ", ".join(f"{p['label']} {p['probability']:.3f}" for p in answer["predictions"])
+            print(f"{answer['path']}: {classes}")  # noqa: T201 - the answer itself, which belongs on stdout
+
+    _guarded(work, debug)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    for name, path in bundled_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:<20} {first}")  # noqa: T201 - the answer itself, which belongs on stdout
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)  # noqa: T201 - the answer itself, which belongs on stdout
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+    try:
+        return load_recipe(recipe, overrides or [])
+    except RecipeError as error:
+        fail(str(error))
+        raise typer.Exit(2) from None
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201 - --json promises exactly this
+
+
+def _command() -> str:
+    return shlex.join(["vit-finetune", *sys.argv[1:]])
+
+
+def _guarded(work: Callable[[], None], debug: bool) -> None:
+    """Does the work; an error becomes one message and exit code 1, or with --debug its traceback."""
+    try:
+        work()
+    except Interrupted as stop:
+        say(str(stop))
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        fail("stopped")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        fail(_explain(error))
+        raise typer.Exit(1) from None
+    finally:
+        _leave_world()
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, RunError):
+        return str(error)
+    if is_disk_full(error):
+        return f"the disk is full ({Path.cwd()} or the run folder); free some space and go on with --resume"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _leave_world() -> None:
+    """Takes leave of the other processes of a launcher; without it they complain."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """The command `vit-finetune`."""
+    app(prog_name="vit-finetune")

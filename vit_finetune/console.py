@@ -1,0 +1,89 @@
+"""What a person sees in a terminal: on stderr, from the main process only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+@cache
+def terminal() -> Console:
+    """The console of this process: stderr, or nothing where a launcher gave this process another rank than 0."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """One line for the user; the text is shown as it is."""
+    terminal().print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """One line that the user should not miss."""
+    terminal().print(f"warning: {message}", style="yellow", markup=False)
+
+
+def fail(message: str) -> None:
+    """Why the work stopped."""
+    terminal().print(f"error: {message}", style="bold red", markup=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table; the first column is text, the others are aligned right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    # Soft wrapping, which `say` wants for long paths, would break a table's lines.
+    terminal().print(table, soft_wrap=False)
+
+
+def build_progress(unit: str) -> Progress:
+    """A progress bar with count, rate in `unit` per second, time left and a free text `status`; not started yet."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            rate = task.fields.get("rate") or task.finished_speed or task.speed
+            return Text(f"{rate:,.0f} {unit}/s" if rate else "")
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=terminal(),
+        transient=True,
+        disable=not terminal().is_terminal,
+    )
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str) -> Iterator[Any]:
+    """A progress bar for the length of a block; yields a function that advances it by a number of units."""
+    bar = build_progress(unit)
+    task = bar.add_task(description, total=total, status="")
+    with bar:
+        yield lambda count=1: bar.advance(task, count)

@@ -1,0 +1,186 @@
+"""Image files → `pixel_values`: what training and evaluation read, batch by batch.
+
+Images travel as uint8 until they are on the device; there the image processor's own arithmetic normalises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms.v2.functional import InterpolationMode
+from transformers import BaseImageProcessor
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import pil_torch_interpolation_mapping
+
+from vit_finetune.data.augmentation import Augmentation, generator_of
+from vit_finetune.data.images import decode_image
+from vit_finetune.data.sources import column_values
+from vit_finetune.recipe import AugmentationConfig
+from vit_finetune.run import RunError
+
+
+class TrainingIndex(NamedTuple):
+    """Which image to read, and in which epoch: its augmentation depends on both."""
+
+    epoch: int
+    index: int
+
+
+class ImageFiles(Dataset[torch.Tensor]):
+    """The decoded images of a split: uint8 `(3, height, width)`, each of its own size.
+
+    Args:
+        split: column image.
+    """
+
+    def __init__(self, split: datasets.Dataset) -> None:
+        self.images = split.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        stored = column_values(self.images, "image") if split.data.nbytes < 64e6 else None
+        # Rows of a dataset cost 0.1 ms each; plain paths cost nothing.
+        self.paths = [row["path"] for row in stored] if stored and not any(r["bytes"] for r in stored) else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.paths is not None:
+            return decode_image(Path(self.paths[index]).read_bytes())
+        row = self.images[index]["image"]
+        return decode_image(row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes())
+
+
+class EvaluationImages(Dataset[dict[str, Any]]):
+    """A split as evaluation and serving see it: the image processor's resizing and cropping, nothing random.
+
+    Items are `pixel_values`, uint8 `(3, height, width)`, and `labels`, a class id.
+
+    Args:
+        split: columns image and label.
+        image_processor: the model's.
+    """
+
+    def __init__(self, split: datasets.Dataset, image_processor: BaseImageProcessor) -> None:
+        self.files, self.labels = ImageFiles(split), column_values(split, "label")
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": resize(self.files[index], self.image_processor), "labels": self.labels[index]}
+
+
+class TrainingImages(Dataset[dict[str, Any]]):
+    """A split as training sees it: augmented by (seed, epoch, index) alone. Read by `TrainingIndex`.
+
+    Items are `pixel_values`, uint8 `(3, height, width)`, and `labels`, a class id.
+
+    Args:
+        split: columns image and label.
+        image_processor: the model's.
+        config: the recipe's section.
+        seed: of all augmentation.
+    """
+
+    def __init__(
+        self, split: datasets.Dataset, image_processor: BaseImageProcessor, config: AugmentationConfig, seed: int
+    ) -> None:
+        self.files, self.labels, self.seed = ImageFiles(split), column_values(split, "label"), seed
+        self.augment = Augmentation(
+            config,
+            size=output_size(image_processor),
+            fill=[round(255 * mean) for mean in image_processor.image_mean],
+            interpolation=pil_torch_interpolation_mapping.get(image_processor.resample, InterpolationMode.BILINEAR),
+            resize=partial(resize, image_processor=image_processor),
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: TrainingIndex) -> dict[str, Any]:
+        epoch, index = key
+        image = self.augment(self.files[index], generator_of(self.seed, epoch, index))
+        return {"pixel_values": image, "labels": self.labels[index]}
+
+    def unaugmented(self, index: int) -> torch.Tensor:
+        """An image as evaluation sees it: uint8 `(3, height, width)`."""
+        return self.augment.resize(self.files[index])
+
+
+class EpochSampler(Sampler[TrainingIndex]):
+    """Every image once an epoch, in an order that depends on (seed, epoch) alone.
+
+    Args:
+        size: number of images.
+        seed: of the order.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, by accelerate and by the Trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[TrainingIndex]:
+        # Seeds of consecutive epochs must not meet those of consecutive seeds.
+        generator = torch.Generator().manual_seed(generator_of(self.seed, self.epoch, -1).getrandbits(63))
+        for index in torch.randperm(self.size, generator=generator).tolist():
+            yield TrainingIndex(self.epoch, index)
+
+
+def check_image_processor(image_processor: Any) -> None:
+    """Makes sure that resizing and normalising can be done apart, on tensors.
+
+    Raises:
+        RunError: the processor is none of transformers' torchvision ones.
+    """
+    if not isinstance(image_processor, TorchvisionBackend):
+        raise RunError(
+            f"the checkpoint's image processor is {type(image_processor).__name__}, which does not work on tensors; "
+            f"expected one of transformers' torchvision processors, such as ViTImageProcessor"
+        )
+
+
+def output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width in pixels of what an image processor gives."""
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    return int(size["height"]), int(size["width"])
+
+
+def resize(image: torch.Tensor, image_processor: BaseImageProcessor) -> torch.Tensor:
+    """The image at the model's size, by its image processor: uint8 `(3, height, width)` → uint8 `(3, *size)`."""
+    processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    return processed[0]  # type: ignore[no-any-return]
+
+
+def normalize(pixel_values: torch.Tensor, image_processor: BaseImageProcessor) -> torch.Tensor:
+    """A batch as the model expects it: uint8 `(batch, 3, height, width)` → float32, by the processor's arithmetic.
+
+    On the CPU this gives the processor's own values bit for bit.
+    """
+    return image_processor.rescale_and_normalize(  # type: ignore[no-any-return]
+        pixel_values,
+        image_processor.do_rescale,
+        image_processor.rescale_factor,
+        image_processor.do_normalize,
+        tuple(image_processor.image_mean),
+        tuple(image_processor.image_std),
+    )
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch: `pixel_values`, uint8 `(batch, 3, height, width)`, and `labels`, int64 `(batch,)`."""
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+    }

@@ -1,0 +1,81 @@
+"""Single images and folders of them → classes with probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import BaseImageProcessor
+
+from vit_finetune.data.folders import walk_files
+from vit_finetune.data.images import UnreadableImage, decode_image, is_image_name
+from vit_finetune.data.transforms import resize
+from vit_finetune.evaluation.scoring import best_device, predict_probabilities
+from vit_finetune.model.loading import load_checkpoint
+from vit_finetune.run import Run, RunError
+
+
+class _Files(Dataset[dict[str, Any]]):
+    def __init__(self, paths: Sequence[Path], image_processor: BaseImageProcessor) -> None:
+        self.paths, self.image_processor = paths, image_processor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.read(index), "labels": -1}
+
+    def read(self, index: int) -> torch.Tensor:
+        path = self.paths[index]
+        try:
+            return resize(decode_image(path.read_bytes()), self.image_processor)
+        except UnreadableImage as error:
+            raise RunError(f"{path}: cannot be read: {error}") from None
+        except OSError as error:
+            raise RunError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def predict(target: str | Path, images: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
+    """The most probable classes of images.
+
+    Args:
+        target: a run folder, a model folder or a Hub id.
+        images: image files, and folders whose image files are taken, however deep.
+        top: how many classes for each.
+
+    Returns:
+        For each image `path`, and `predictions`: `label` and `probability` in [0, 1], the most probable first.
+
+    Raises:
+        RunError: no model there, or an image that is missing or cannot be read.
+    """
+    paths: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            found = [image / name for name in walk_files(image) if is_image_name(name)]
+            if not found:
+                raise RunError(f"{image}: there are no images in this folder")
+            paths += found
+        elif image.is_file():
+            paths.append(image)
+        else:
+            raise RunError(f"{image}: no such file or folder")
+    run = Run(target)
+    model, image_processor = load_checkpoint(str(run.model if run.exists() else target))
+    model = model.to(best_device())  # type: ignore[arg-type]
+    files = _Files(paths, image_processor)
+    rows = torch.from_numpy(predict_probabilities(model, image_processor, files, 32, "predicting"))
+    values, classes = rows.topk(min(top, rows.shape[1]), dim=1)  # (images, top)
+    return [
+        {
+            "path": str(path),
+            "predictions": [
+                {"label": model.config.id2label[number], "probability": probability}
+                for number, probability in zip(numbers, probabilities)
+            ],
+        }
+        for path, numbers, probabilities in zip(paths, classes.tolist(), values.tolist())
+    ]

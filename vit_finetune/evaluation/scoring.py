@@ -1,0 +1,274 @@
+"""A model and a split in, a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from sklearn import metrics as sk
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from vit_finetune.console import progress
+from vit_finetune.data.checkup import leave_out_unreadable
+from vit_finetune.data.folders import ALL
+from vit_finetune.data.sources import column_values, load_source, with_labels
+from vit_finetune.data.splits import prepare_splits
+from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, normalize
+from vit_finetune.evaluation.metrics import (
+    build_metrics,
+    calibration_bins,
+    class_scores,
+    expected_calibration_error,
+    log_loss,
+    top_k_accuracy,
+    wilson_interval,
+)
+from vit_finetune.model.loading import load_checkpoint
+from vit_finetune.recipe import DataConfig, EvaluationConfig, load_recipe
+from vit_finetune.run import Mistake, Report, Run, RunError, written_whole
+
+PICTURE_PIXELS = 224
+"""Longest side of the pictures of mistakes in a report."""
+
+
+@dataclass
+class Scores:
+    """A report and what it was computed from, row by row."""
+
+    report: Report
+    ids: list[str]
+    label_ids: np.ndarray
+    """int64 `(images,)`."""
+    probabilities: np.ndarray
+    """float32 `(images, classes)`, in label order."""
+
+    def save_predictions(self, path: Path) -> None:
+        """Writes id, label, predicted and probabilities as Parquet."""
+        names = np.asarray(self.report.labels, dtype=object)
+        table = pa.table(
+            {
+                "id": self.ids,
+                "label": names[self.label_ids].tolist(),
+                "predicted": names[self.probabilities.argmax(axis=1)].tolist(),
+                "probabilities": list(self.probabilities),
+            }
+        )
+        with written_whole(path) as temporary:
+            pyarrow.parquet.write_table(table, temporary)
+
+
+def score(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    split: datasets.Dataset,
+    name: str,
+    config: EvaluationConfig,
+) -> Scores:
+    """The report of a model on a split, each image counted once, whatever the batch size and number of processes.
+
+    Computed in float32, as a pipeline does: these are the probabilities that serving gives.
+
+    Args:
+        model: on the device to compute on.
+        image_processor: the model's.
+        split: columns id, image and label.
+        name: of the split.
+        config: the recipe's section.
+    """
+    images = EvaluationImages(split, image_processor)
+    probabilities = predict_probabilities(
+        model, image_processor, images, config.batch_size, f"scoring {name}"
+    )
+    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    ids, labels = column_values(split, "id"), np.asarray(images.labels)
+    report = build_report(name, ids, labels, probabilities, names, config.num_mistakes)
+    return Scores(report, ids, labels, probabilities)
+
+
+def predict_probabilities(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    images: Dataset[dict[str, Any]],
+    batch_size: int,
+    description: str,
+) -> np.ndarray:
+    """Class probabilities, float32 `(images, classes)`, in the order of the images.
+
+    Under a launcher every process computes a share and all get the whole.
+    """
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    total = len(images)  # type: ignore[arg-type]
+    share = range(rank, total, world)
+    loader = DataLoader(Subset(images, share), batch_size=batch_size, collate_fn=collate)
+    mine: list[np.ndarray] = []
+    with scoring_mode(model), progress(description, len(share), "images") as advance:
+        for batch in loader:
+            pixel_values = normalize(batch["pixel_values"].to(model.device), image_processor)
+            mine.append(model(pixel_values=pixel_values).logits.float().softmax(dim=-1).cpu().numpy())
+            advance(len(pixel_values))
+    rows = np.concatenate(mine) if mine else np.zeros((0, model.config.num_labels), np.float32)
+    if world == 1:
+        return rows
+    parts = gather_object([rows])
+    whole = np.zeros((total, model.config.num_labels), np.float32)
+    for number, part in enumerate(parts):
+        whole[number::world] = part
+    return whole
+
+
+@contextmanager
+def scoring_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout and gradients; as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def build_report(
+    split: str,
+    ids: Sequence[str],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str],
+    num_mistakes: int = 0,
+) -> Report:
+    """The report of these probabilities.
+
+    Args:
+        split: its name.
+        ids: of the images.
+        labels: true class ids, int64 `(images,)`.
+        probabilities: float `(images, classes)`.
+        names: class names in id order.
+        num_mistakes: how many of the worst to list: those of which the model was surest.
+    """
+    predicted = probabilities.argmax(axis=1)
+    simple = compute_label_metrics(predicted, labels)
+    bins = calibration_bins(labels, probabilities)
+    wrong = np.flatnonzero(predicted != labels)
+    sureness = probabilities[wrong, predicted[wrong]]
+    # By id where equally sure, so that the order of the images does not show.
+    worst = sorted(zip(-sureness, (ids[row] for row in wrong), wrong))[:num_mistakes]
+    return Report(
+        split=split,
+        num_images=len(labels),
+        accuracy=simple["accuracy"],
+        accuracy_interval=wilson_interval(len(labels) - len(wrong), len(labels)),
+        top_5_accuracy=top_k_accuracy(labels, probabilities) if len(names) > 5 else None,
+        macro_f1=simple["macro_f1"],
+        balanced_accuracy=simple["balanced_accuracy"],
+        log_loss=log_loss(labels, probabilities),
+        ece=expected_calibration_error(bins),
+        per_class=class_scores(labels, predicted, names),
+        confusion_matrix=sk.confusion_matrix(labels, predicted, labels=np.arange(len(names))).tolist(),
+        labels=list(names),
+        calibration=bins,
+        worst_mistakes=[
+            Mistake(
+                id=identity,
+                label=names[labels[row]],
+                predicted=names[predicted[row]],
+                probability=float(-minus),
+            )
+            for minus, identity, row in worst
+        ],
+    )
+
+
+def compute_label_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro F1 and balanced accuracy by name, each in [0, 1], for class ids `(images,)`."""
+    scores: dict[str, float] = build_metrics().compute(predictions=predicted, references=labels)
+    return scores
+
+
+def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> Report:
+    """Writes a picture of each of the worst mistakes into the run; answers the report that names them."""
+    files = ImageFiles(split)
+    row_of = {identity: row for row, identity in enumerate(scores.ids)}
+    shown = []
+    for number, mistake in enumerate(scores.report.worst_mistakes):
+        image = Image.fromarray(files[row_of[mistake.id]].permute(1, 2, 0).numpy())
+        scale = PICTURE_PIXELS / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        # Small images keep their pixels visible; large ones are averaged.
+        image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        name = f"mistake-{number:02}.jpg"
+        with written_whole(run.pictures / name) as temporary:
+            image.save(temporary, "JPEG", quality=90)
+        shown.append(mistake.model_copy(update={"picture": name}))
+    return scores.report.model_copy(update={"worst_mistakes": shown})
+
+
+def evaluate(
+    target: str | Path, data: str | None = None, split: str = "test", config: EvaluationConfig | None = None
+) -> Report:
+    """A fresh report of a finished run or a saved model.
+
+    Args:
+        target: a run folder, a model folder or a Hub id.
+        data: a data source as in `data.path`; the run's own if None.
+        split: train, validation or test; a source without splits is scored whole, as `all`.
+        config: how to score.
+
+    Raises:
+        RunError: no model there, no such split, or classes that are not the model's.
+    """
+    run = Run(target)
+    if run.exists():
+        own = load_recipe(run.recipe).data
+        model, image_processor = load_checkpoint(str(run.model))
+    else:
+        own = None
+        model, image_processor = load_checkpoint(str(target))
+    model = model.to(best_device())  # type: ignore[arg-type]
+    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    if data is None:
+        if own is None:
+            raise RunError(
+                f"{target} is a model, not a run: say which images to score it on with --data PATH"
+            )
+        splits = prepare_splits(own).splits
+    else:
+        source, _ = leave_out_unreadable(load_source(DataConfig(path=data)), DataConfig(path=data))
+        splits = source.splits
+        split = ALL if list(splits) == [ALL] else split
+    if split not in splits:
+        raise RunError(f"{data or target}: there is no split {split!r}; found {', '.join(splits)}")
+    _check_classes(labels, splits[split].features["label"].names, data or str(target))
+    return score(
+        model, image_processor, with_labels(splits[split], labels), split, config or EvaluationConfig()
+    ).report
+
+
+def _check_classes(known: Sequence[str], found: Sequence[str], where: str) -> None:
+    unknown, absent = [n for n in found if n not in known], [n for n in known if n not in found]
+    if unknown or absent:
+        raise RunError(
+            f"{where}: the classes are not the model's."
+            + (f" The model does not know {', '.join(map(repr, unknown[:10]))}." if unknown else "")
+            + (f" The data lacks {', '.join(map(repr, absent[:10]))}." if absent else "")
+            + " Expected the same class names"
+        )
+
+
+def best_device() -> torch.device:
+    """The accelerator, or else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")

@@ -1,0 +1,414 @@
+"""The story: recipe → data → model → hardware → training → best checkpoint → test, scored once → run folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from accelerate import PartialState
+from torchvision.utils import make_grid, save_image
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from vit_finetune.console import say, show_table, warn
+from vit_finetune.data.sources import column_values
+from vit_finetune.data.splits import PreparedData, prepare_splits, save_splits
+from vit_finetune.data.transforms import (
+    EvaluationImages,
+    TrainingImages,
+    TrainingIndex,
+    check_image_processor,
+    collate,
+)
+from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
+from vit_finetune.model.loading import describe_model, load_checkpoint, load_model
+from vit_finetune.publishing.card import write_card
+from vit_finetune.publishing.report import write_report
+from vit_finetune.recipe import Recipe, load_recipe
+from vit_finetune.run import Interrupted, Report, Run, RunError, write_json, write_text, written_whole
+from vit_finetune.training.callbacks import ProgressDisplay, StopOnInterrupt
+from vit_finetune.training.hardware import (
+    Hardware,
+    check_world,
+    choose_hardware,
+    describe_hardware,
+    estimate_memory,
+    peak_memory,
+)
+from vit_finetune.training.trainer import ViTTrainer, build_arguments
+
+
+def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -> Run:
+    """A recipe, carried out: data → model → training → best checkpoint → test split scored once → run folder.
+
+    Args:
+        recipe: what to do.
+        resume: continue the newest checkpoint of the run that is there.
+        command: how the user said it, for the provenance.
+
+    Raises:
+        RunError: the data, the model or the folder cannot be used.
+        Interrupted: Ctrl-C; a checkpoint was left.
+    """
+    run = Run(recipe.output_dir)
+    run.check_free(resume)
+    before = _same_as_before(recipe, run) if resume else None
+    with _quiet_libraries(), _world(recipe) as state:
+        with state.main_process_first():
+            data = prepare_splits(recipe.data)
+        set_seed(recipe.training.seed)
+        model, image_processor = load_model(recipe.model, data.labels)
+        check_image_processor(image_processor)
+        hardware = choose_hardware(recipe.training, recipe.model, model, before)
+        model.set_attn_implementation(hardware.attn_implementation)
+        _show_plan(recipe, data, model, hardware, state.num_processes)
+        train = TrainingImages(
+            data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
+        )
+        arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
+        provenance = _provenance(recipe, data, model, hardware, state.num_processes, command, before)
+        if state.is_main_process:
+            _open(run, recipe, data, train, provenance)
+        stop = StopOnInterrupt()
+        trainer = ViTTrainer(
+            model,
+            image_processor,
+            arguments,
+            train,
+            EvaluationImages(data.splits["validation"], image_processor),
+            compute_metrics=_validation_metrics,
+            callbacks=[
+                stop,
+                ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes),
+            ],
+        )
+        try:
+            result = trainer.train(resume_from_checkpoint=_checkpoint(run) if resume else None)
+        finally:
+            stop.stop_listening()
+        if stop.interrupted:
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. Go on "
+                f"with: vit-finetune train {recipe.name} --resume (and the same key=value words)"
+            )
+        if state.is_main_process:
+            _save_model(run, model, image_processor)
+            provenance |= _training_facts(trainer, result.metrics, hardware)
+            write_json(run.history, trainer.state.log_history)
+            write_json(run.provenance, provenance)
+        state.wait_for_everyone()
+        reports = _score(run, recipe, data.splits, model.device, state.is_main_process)
+        if state.is_main_process:
+            write_report(run)
+            write_card(run)
+            _show_reports(reports, run)
+        state.wait_for_everyone()
+    return run
+
+
+def check(recipe: Recipe) -> dict[str, Any]:
+    """What `finetune` would do, having trained nothing: classes, counts, findings, batch, model, steps, memory.
+
+    Args:
+        recipe: what to look at.
+
+    Raises:
+        RunError: what would stop `finetune`.
+    """
+    Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
+    with _quiet_libraries(), _world(recipe) as state:
+        data = prepare_splits(recipe.data)
+        model, image_processor = load_model(recipe.model, data.labels)
+        check_image_processor(image_processor)
+        hardware = choose_hardware(recipe.training, recipe.model, model)
+        train = TrainingImages(
+            data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
+        )
+        batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
+        facts = _show_plan(recipe, data, model, hardware, state.num_processes)
+        facts["batch_shape"] = list(batch["pixel_values"].shape)
+        say(f"one batch: pixel_values {tuple(batch['pixel_values'].shape)} uint8, normalised on the device")
+        _show_classes(data)
+    return facts
+
+
+# --------------------------------------------------------------------------- before training
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Without the libraries' own log lines and bars; what matters of them is said by ours."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    data_bars = datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if not data_bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _world(recipe: Recipe) -> Iterator[PartialState]:
+    """The processes that train together; stops where the launcher meant more of them."""
+    # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
+    state = PartialState(cpu=recipe.training.use_cpu or not torch.accelerator.is_available())
+    check_world(state.num_processes)
+    yield state
+
+
+def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """The provenance of the run to resume.
+
+    Raises:
+        RunError: the recipe says something else than the run's in a way that would train another model.
+    """
+    old, new = load_recipe(run.recipe).model_dump(mode="json"), recipe.model_dump(mode="json")
+    free = ("training.output_dir", "training.dataloader_", "training.logging_", "training.report_to",
+            "training.save_total_limit", "evaluation.", "hub.")  # fmt: skip
+    changed = [
+        f"{key} was {old[section].get(name)!r}, is {new[section].get(name)!r}"
+        for section in new
+        for name in new[section]
+        if old[section].get(name) != new[section].get(name)
+        and not (key := f"{section}.{name}").startswith(free)
+    ]
+    if changed:
+        raise RunError(
+            f"{run.path}: cannot be resumed with another recipe: {'; '.join(changed)}. Resume it with the same words, "
+            f"or start another run with training.output_dir=…"
+        )
+    return run.read_provenance()
+
+
+def _checkpoint(run: Run) -> str | None:
+    """The checkpoint to resume from; None, said aloud, where there is none yet."""
+    checkpoint = run.last_checkpoint()
+    say(
+        f"resuming from {checkpoint}"
+        if checkpoint
+        else "there is no checkpoint yet: starting from the beginning"
+    )
+    return str(checkpoint) if checkpoint else None
+
+
+def _accumulation(recipe: Recipe) -> int:
+    return recipe.training.gradient_accumulation_steps
+
+
+def _show_plan(
+    recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, processes: int
+) -> dict[str, Any]:
+    """Says what is about to be done, and answers it as facts by name."""
+    counts = {name: len(split) for name, split in data.splits.items()}
+    facts = describe_model(model)
+    per_step = processes * hardware.batch_size * _accumulation(recipe)
+    batches = -(-counts["train"] // (processes * hardware.batch_size))
+    steps_per_epoch = max(1, -(-batches // _accumulation(recipe)))
+    epochs, steps = recipe.training.num_train_epochs, int(getattr(recipe.training, "max_steps", -1))
+    if steps <= 0:
+        steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
+    fixed, each = estimate_memory(model)
+    memory = fixed + each * hardware.batch_size
+    say(
+        f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
+        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    )
+    for notice in data.notices:
+        warn(notice)
+    if data.unreadable:
+        warn(f"{len(data.unreadable)} unreadable images left out:")
+        for finding in data.unreadable:
+            warn(f"  {finding.id}: {finding.problem}")
+    size = "×".join(map(str, facts["image_size"]))
+    tokens = f", {facts['tokens']} tokens" if "tokens" in facts else ""
+    origin = recipe.model.path or "from scratch"
+    say(
+        f"model: {facts['architecture']}, {origin}, {facts['parameters']:,} parameters, {size} pixels{tokens}"
+    )
+    for choice in hardware.choices:
+        say(f"{choice.name}: {choice.value} ({choice.reason})")
+    say(
+        f"{processes} processes × {hardware.batch_size} images × {_accumulation(recipe)} accumulation = "
+        f"{per_step} images per step; {steps:,} steps, {steps_per_epoch:,} an epoch; about {memory / 1e9:.1f} GB"
+    )
+    return facts | {
+        "labels": data.labels,
+        "splits": counts,
+        "notices": data.notices,
+        "unreadable": [asdict(finding) for finding in data.unreadable],
+        "choices": [asdict(choice) for choice in hardware.choices],
+        "images_per_step": per_step,
+        "steps": steps,
+        "memory_bytes": memory,
+    }
+
+
+def _show_classes(data: PreparedData) -> None:
+    columns = {name: column_values(split, "label") for name, split in data.splits.items()}
+    rows = [
+        [label, *(values.count(number) for values in columns.values())]
+        for number, label in enumerate(data.labels)
+    ]
+    shown = rows if len(rows) <= 40 else [*rows[:40], [f"… {len(rows) - 40} more", *([""] * len(columns))]]
+    show_table("images by class", ["class", *columns], shown)
+
+
+def _provenance(
+    recipe: Recipe,
+    data: PreparedData,
+    model: PreTrainedModel,
+    hardware: Hardware,
+    processes: int,
+    command: str | None,
+    before: dict[str, Any] | None,
+) -> dict[str, Any]:
+    facts = {
+        "created": before["created"] if before else datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command or f"finetune(load_recipe({recipe.name!r}))",
+        "recipe_name": recipe.name,
+        "recipe": yaml.safe_load(recipe.to_yaml(resolved=False)),
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
+        "hardware": describe_hardware(hardware.use_cpu, processes),
+        "choices": [asdict(choice) for choice in hardware.choices],
+        "seed": recipe.training.seed,
+        "data": data.describe(recipe.data.path),
+        "labels": data.labels,
+        "model": describe_model(model) | {"base_model": recipe.model.path},
+    }
+    if before and before["data"]["splits"] != facts["data"]["splits"]:
+        raise RunError(
+            f"{recipe.data.path}: the images are not those that the run was started with, so it cannot be resumed. "
+            f"Start another run with training.output_dir=…"
+        )
+    return facts
+
+
+PACKAGES = [
+    "vit-finetune",
+    "torch",
+    "torchvision",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "evaluate",
+    "huggingface-hub",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+]
+
+
+def _open(
+    run: Run, recipe: Recipe, data: PreparedData, train: TrainingImages, provenance: dict[str, Any]
+) -> None:
+    """Writes what is known before the first step."""
+    write_text(run.recipe, recipe.to_yaml())
+    write_json(run.provenance, provenance)
+    save_splits(data.splits, run)
+    _save_augmented(run, train)
+
+
+def _save_augmented(run: Run, train: TrainingImages, images: int = 6, epochs: int = 7) -> None:
+    """Writes a sheet of training images: each row one image, as evaluation sees it and as seven epochs do."""
+    tiles = []
+    for row in [number * len(train) // images for number in range(min(images, len(train)))]:
+        tiles += [
+            train.unaugmented(row),
+            *(train[TrainingIndex(epoch, row)]["pixel_values"] for epoch in range(epochs)),
+        ]
+    sheet = torch.stack(tiles).float() / 255  # (B, 3, H, W)
+    # Small images keep their pixels visible.
+    scale = max(1, 96 // sheet.shape[-1])
+    sheet = torch.nn.functional.interpolate(sheet, scale_factor=scale, mode="nearest")
+    with written_whole(run.pictures / "augmented.jpg") as temporary:
+        save_image(make_grid(sheet, nrow=epochs + 1, padding=4, pad_value=1), temporary, format="jpeg")
+
+
+# --------------------------------------------------------------------------- after training
+
+
+def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
+
+
+def _save_model(run: Run, model: PreTrainedModel, image_processor: BaseImageProcessor) -> None:
+    """Writes `model/`, whole or not at all."""
+    aside = Path(tempfile.mkdtemp(dir=run.path, prefix=".model."))
+    try:
+        model.save_pretrained(aside)
+        image_processor.save_pretrained(aside)
+        aside.chmod(0o755)  # mkdtemp makes it private
+        shutil.rmtree(run.model, ignore_errors=True)
+        aside.rename(run.model)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _training_facts(trainer: ViTTrainer, metrics: dict[str, float], hardware: Hardware) -> dict[str, Any]:
+    state = trainer.state
+    return {
+        "train_seconds": round(metrics["train_runtime"], 2),
+        "images_per_second": round(metrics["train_samples_per_second"], 2),
+        "peak_memory_bytes": peak_memory(hardware.use_cpu),
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "best_metric": {"name": trainer.args.metric_for_best_model, "value": state.best_metric},
+    }
+
+
+def _score(
+    run: Run, recipe: Recipe, splits: datasets.DatasetDict, device: torch.device, writes: bool
+) -> dict[str, Report]:
+    """Scores validation and, once and last, test, with the weights that were saved, and writes the reports."""
+    model, image_processor = load_checkpoint(str(run.model))
+    model = model.to(device)  # type: ignore[arg-type]
+    reports = {}
+    for name in [name for name in ("validation", "test") if name in splits]:
+        scores = score(model, image_processor, splits[name], name, recipe.evaluation)
+        reports[name] = scores.report
+        if writes:
+            if name == "test" or "test" not in splits:
+                reports[name] = save_mistakes(scores, splits[name], run)
+                scores.save_predictions(run.predictions(name))
+            write_text(run.report(name), reports[name].to_json())
+    return reports
+
+
+def _show_reports(reports: dict[str, Report], run: Run) -> None:
+    show_table(
+        "scores",
+        ["split", "images", "accuracy", "95% interval", "macro F1", "log loss", "ECE"],
+        [
+            [
+                name,
+                f"{report.num_images:,}",
+                f"{report.accuracy:.4f}",
+                f"{report.accuracy_interval[0]:.4f}–{report.accuracy_interval[1]:.4f}",
+                f"{report.macro_f1:.4f}",
+                f"{report.log_loss:.4f}",
+                f"{report.ece:.4f}",
+            ]
+            for name, report in reports.items()
+        ],
+    )
+    if "test" not in reports:
+        warn("there was no test split: the validation score also chose the weights, so it flatters them")
+    say(f"report: {run.report_html}")
+    say(f"model:  {run.model}")

@@ -1,0 +1,269 @@
+"""The model card: README.md of the published folder, every number in it computed from the run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from vit_finetune.publishing.record import (
+    FEW_IMAGES,
+    Record,
+    class_rows,
+    duration,
+    interval,
+    load_record,
+    mean_confidence,
+    memory,
+    most_confused,
+    one_line,
+    percent,
+    pixels,
+    score_rows,
+    worst_by_recall,
+)
+from vit_finetune.publishing.redaction import (
+    Markdown,
+    escape_markdown,
+    fenced,
+    values_without_paths,
+    without_paths,
+)
+from vit_finetune.run import Report, Run, write_text
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+MOST_UNREADABLE = 20
+"""Images left out that the card names; of more, it gives the number."""
+
+
+def write_card(run: Run) -> Path:
+    """The path of the card, `model/README.md`, written whole or not at all.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = run.model / "README.md"
+    write_text(path, build_card(run))
+    return path
+
+
+def build_card(run: Run) -> str:
+    """The card as Markdown under YAML front matter. No path of this machine, user or host is in it."""
+    record = load_record(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=False,  # `finalize` escapes whatever is not Markdown on purpose
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_finalize,
+    )
+    environment.filters.update(
+        percent=percent,
+        interval=interval,
+        duration=duration,
+        memory=memory,
+        pixels=pixels,
+        number="{:,}".format,
+    )
+    environment.filters["public"] = lambda text: without_paths(one_line(str(text)))
+    environment.globals["Markdown"] = Markdown
+    report = record.headline
+    own = yaml.safe_dump(
+        values_without_paths(record.own_recipe), sort_keys=False, allow_unicode=True, width=100
+    )
+    return environment.get_template("model_card.md.jinja").render(
+        front_matter=Markdown(_metadata(record).to_yaml()),
+        title=_model_name(record),
+        record=record,
+        provenance=record.provenance,
+        report=report,
+        labels=report.labels if report else record.provenance.get("labels") or [],
+        classes=class_rows(report) if report else [],
+        limits=_limits(report) if report else [],
+        base_model=values_without_paths(record.model.get("base_model")),
+        data_name=_dataset_name(record),
+        scores=score_rows(record),
+        facts=_facts(record),
+        usage=fenced(_usage(record), "python"),
+        recipe=fenced(own, "yaml") if record.own_recipe else None,
+        command=fenced(without_paths(str(record.provenance.get("command") or "")), "bash"),
+        unreadable_shown=MOST_UNREADABLE,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return escape_markdown(value) if isinstance(value, str) and not isinstance(value, Markdown) else value
+
+
+def _model_name(record: Record) -> str:
+    model_id = record.setting("hub", "model_id")
+    return one_line(str(model_id).rpartition("/")[2] if model_id else record.name)
+
+
+def _usage(record: Record) -> str:
+    model_id = record.setting("hub", "model_id") or "path/to/this/folder"
+    return (
+        "from transformers import pipeline\n\n"
+        f'classifier = pipeline("image-classification", model="{model_id}")\n'
+        'print(classifier("photo.jpg"))'
+    )
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    """(what, value) of everything known about how the run went."""
+    provenance = record.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items())
+    seconds, speed = provenance.get("train_seconds"), provenance.get("images_per_second")
+    peak, best = provenance.get("peak_memory_bytes"), record.best_step
+    hardware = provenance.get("hardware") or {}
+    rows = [
+        ("Date", str(provenance.get("created") or "")[:10]),
+        ("Hardware", without_paths(one_line(str(hardware.get("device") or "")))),
+        ("Processes", str(hardware.get("processes") or "")),
+        ("Training time", duration(seconds) if seconds else ""),
+        ("Speed", f"{speed:,.1f} images/s over the whole training" if speed else ""),
+        ("Peak memory", memory(peak) if peak else ""),
+        ("Steps", f"{provenance['steps']:,}" if provenance.get("steps") else ""),
+        ("Published weights", f"those of step {best:,}, chosen by the validation split" if best else ""),
+        ("Seed", str(provenance.get("seed", ""))),
+        ("Versions", versions),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+# --------------------------------------------------------------------------- front matter
+
+
+def hub_id(value: Any) -> str | None:
+    """The value if it is the id of a Hub repository, `owner/name`, and no folder of that name is here."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value):
+        return None
+    return None if Path(value).exists() else value
+
+
+def _metadata(record: Record) -> ModelCardData:
+    base_model = hub_id(record.setting("model", "path"))
+    dataset = _dataset_id(record)
+    own_tags = [one_line(str(tag)) for tag in record.setting("hub", "tags") or []]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license=record.setting("hub", "license"),
+        base_model=base_model,
+        datasets=[dataset] if dataset else None,
+        tags=list(dict.fromkeys(["vision", "image-classification", "vit-finetune", *own_tags])),
+        metrics=["accuracy", "f1"] if record.headline else None,
+        model_name=_model_name(record),
+        eval_results=_eval_results(record, record.headline, dataset) if record.headline else None,
+    )
+
+
+def _dataset_id(record: Record) -> str | None:
+    return hub_id(record.setting("data", "path")) if record.data.get("source") in (None, "hub") else None
+
+
+def _dataset_name(record: Record) -> str:
+    return one_line(
+        values_without_paths(str(record.data.get("path") or record.setting("data", "path") or "images"))
+    )
+
+
+def _eval_results(record: Record, report: Report, dataset: str | None) -> list[EvalResult]:
+    """The report's scores for the model-index; interval and number of images are the metrics' arguments."""
+    low, high = report.accuracy_interval
+    what = "" if report.split == "test" else f" on the {report.split} split"
+    scores: list[tuple[str, str, float, dict[str, Any]]] = [
+        (
+            "accuracy",
+            f"Accuracy{what}",
+            report.accuracy,
+            {"interval_95": [low, high], "interval_method": "Wilson"},
+        ),
+        ("f1", f"Macro F1{what}", report.macro_f1, {"average": "macro"}),
+        ("balanced_accuracy", f"Balanced accuracy{what}", report.balanced_accuracy, {}),
+        ("log_loss", f"Log loss (nats){what}", report.log_loss, {}),
+        ("ece", f"Expected calibration error{what}", report.ece, {"bins": len(report.calibration)}),
+    ]
+    if report.top_5_accuracy is not None:
+        scores.insert(1, ("top_5_accuracy", f"Top-5 accuracy{what}", report.top_5_accuracy, {"k": 5}))
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=dataset or "imagefolder",
+            dataset_name=_dataset_name(record),
+            dataset_config=record.setting("data", "subset") if dataset else None,
+            dataset_revision=record.setting("data", "revision") if dataset else None,
+            dataset_split=report.split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+            metric_args={**arguments, "num_images": report.num_images},
+        )
+        for kind, name, value, arguments in scores
+    ]
+
+
+# --------------------------------------------------------------------------- limits
+
+
+def _limits(report: Report) -> list[str]:
+    """Sentences about where the model fails, each with the numbers that it rests on."""
+    return [
+        sentence
+        for sentence in (_missed(report), _mixed_up(report), _rarely_seen(report), _calibrated(report))
+        if sentence
+    ]
+
+
+def _missed(report: Report) -> str:
+    rows = worst_by_recall(report, 5)
+    if not rows:
+        return f"No image of the {report.split} split was misclassified, so these numbers show no weak class."
+    listed = "; ".join(
+        f"{row.name}: {percent(row.recall)} ({row.correct} of {row.support}, 95% interval "
+        f"{interval(row.recall_interval)})"
+        for row in rows
+    )
+    return f"Lowest recall: {listed}."
+
+
+def _mixed_up(report: Report) -> str | None:
+    pairs = most_confused(report, 5)
+    listed = "; ".join(f"{p.label} taken for {p.predicted}, {p.count} of {p.support} images" for p in pairs)
+    return f"Most confused: {listed}." if pairs else None
+
+
+def _rarely_seen(report: Report) -> str | None:
+    few = [row for row in class_rows(report) if row.support < FEW_IMAGES]
+    if not few:
+        return None
+    named = "; ".join(f"{row.name}: {row.support}" for row in sorted(few, key=lambda row: row.support)[:10])
+    if len(few) > 10:
+        named += f"; and {len(few) - 10} more"
+    return (
+        f"{len(few)} of {len(report.labels)} classes {'has' if len(few) == 1 else 'have'} fewer than "
+        f"{FEW_IMAGES} images in the {report.split} split, "
+        f"too few for a certain score of their own ({named})."
+    )
+
+
+def _calibrated(report: Report) -> str | None:
+    confidence = mean_confidence(report)
+    if confidence is None:
+        return None
+    low, high = report.accuracy_interval
+    if low <= confidence <= high:
+        finding = "the difference is within the accuracy's 95% interval"
+    else:
+        finding = f"it is {'surer' if confidence > high else 'less sure'} than it should be"
+    return (
+        f"Calibration: the mean probability of the predicted class is {percent(confidence)} where "
+        f"the accuracy is {percent(report.accuracy)}; {finding}. "
+        f"Expected calibration error {percent(report.ece)}."
+    )

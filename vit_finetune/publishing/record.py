@@ -1,0 +1,247 @@
+"""What a run says of itself: its files read once, and what follows from its confusion matrix."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vit_finetune.run import Report, Run
+
+FEW_IMAGES = 30
+"""Below this many images the 95% interval of a recall is wider than about 0.2 almost everywhere."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The files of one run. Whatever the run did not leave is empty or None."""
+
+    recipe_text: str
+    recipe: dict[str, Any]
+    """Resolved: sections with every default."""
+    provenance: dict[str, Any]
+    history: list[dict[str, Any]]
+    """The Trainer's log, in the order of the steps."""
+    validation: Report | None
+    test: Report | None
+
+    @property
+    def headline(self) -> Report | None:
+        """The report to quote: the test's, or the validation's where no test split was scored."""
+        return self.test or self.validation
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the published weights where the validation split chose them; None where they are the last."""
+        # The Trainer notes its best step also where it does not go back to it.
+        chosen = self.setting("training", "load_best_model_at_end") is not False
+        return (self.provenance.get("best_step") or None) if chosen else None
+
+    @property
+    def package_version(self) -> str:
+        """The version of this package that the run was made with; empty where it is not known."""
+        return str((self.provenance.get("versions") or {}).get("vit-finetune", ""))
+
+    @property
+    def own_recipe(self) -> dict[str, Any]:
+        """Only the keys that the user set."""
+        return self.provenance.get("recipe") or {}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What provenance says about the data."""
+        return self.provenance.get("data") or {}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What provenance says about the model."""
+        return self.provenance.get("model") or {}
+
+    @property
+    def name(self) -> str:
+        """What to call the run: the recipe's name."""
+        return str(self.provenance.get("recipe_name") or "run")
+
+    def setting(self, section: str, key: str) -> Any:
+        """One value of the resolved recipe; None where it is not there."""
+        return (self.recipe.get(section) or {}).get(key)
+
+
+def load_record(run: Run) -> Record:
+    """Everything that the papers need, read from the run folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    text = run.recipe.read_text(encoding="utf-8")
+    reports = {split: run.report(split) for split in ("validation", "test")}
+    loaded = {split: Report.load(path) if path.is_file() else None for split, path in reports.items()}
+    return Record(
+        recipe_text=text,
+        recipe=yaml.safe_load(text) or {},
+        provenance=_load_json(run.provenance) or {},
+        history=_load_json(run.history) or [],
+        validation=loaded["validation"],
+        test=loaded["test"],
+    )
+
+
+def _load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# --------------------------------------------------------------------------- what follows from the numbers
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class of a report, with the uncertainty of its recall."""
+
+    name: str
+    precision: float
+    recall: float
+    recall_interval: tuple[float, float]
+    f1: float
+    support: int
+    correct: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How many images of one class were taken for another."""
+
+    label: str
+    predicted: str
+    count: int
+    support: int
+
+
+def class_rows(report: Report) -> list[ClassRow]:
+    """The classes of a report in the order of their ids."""
+    rows = []
+    for index, name in enumerate(report.labels):
+        score, correct = report.per_class[name], report.confusion_matrix[index][index]
+        interval = wilson_interval(correct, score.support)
+        rows.append(ClassRow(name, score.precision, score.recall, interval, score.f1, score.support, correct))
+    return rows
+
+
+def worst_by_f1(report: Report, count: int) -> list[ClassRow]:
+    """The classes with the lowest F1, lowest first; of equals, the one with more images, which says more."""
+    return sorted(class_rows(report), key=lambda row: (row.f1, -row.support))[:count]
+
+
+def worst_by_recall(report: Report, count: int) -> list[ClassRow]:
+    """The classes of which most was missed, worst first; only classes that have images and missed some."""
+    missed = [row for row in class_rows(report) if row.correct < row.support]
+    return sorted(missed, key=lambda row: (row.recall, -row.support))[:count]
+
+
+def most_confused(report: Report, count: int) -> list[Confusion]:
+    """The pairs (true, predicted) off the diagonal that hold most images, most first."""
+    pairs = [
+        Confusion(label, predicted, number, report.per_class[label].support)
+        for label, row in zip(report.labels, report.confusion_matrix)
+        for predicted, number in zip(report.labels, row)
+        if number and label != predicted
+    ]
+    return sorted(pairs, key=lambda pair: -pair.count)[:count]  # stable: of equals, the lower ids first
+
+
+def mean_confidence(report: Report) -> float | None:
+    """The mean top probability over the split's images; None where no bin holds an image."""
+    total = sum(part.count for part in report.calibration)
+    return sum(part.count * part.confidence for part in report.calibration) / total if total else None
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion; (0, 1) of nothing (Wilson, 1927)."""
+    if total == 0:
+        return (0.0, 1.0)
+    z = 1.959963984540054
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    # Exact at the ends, where rounding would leave 0.9999999999999999.
+    low = 0.0 if correct == 0 else (centre - spread) / scale
+    high = 1.0 if correct == total else (centre + spread) / scale
+    return (low, high)
+
+
+# --------------------------------------------------------------------------- words
+
+_UNPRINTABLE = re.compile(
+    # Controls but tab and newline; lone surrogates; marks that turn the direction of what follows.
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069\ufeff]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with � for what no page can show: controls, lone surrogates, marks of direction."""
+    return _UNPRINTABLE.sub("�", text.replace("\r\n", "\n"))
+
+
+def one_line(text: str, longest: int | None = None) -> str:
+    """The text printable and on one line, cut with … where it is longer than `longest` characters."""
+    line = " ".join(printable(text).split())
+    return line[: longest - 1] + "…" if longest is not None and len(line) > longest else line
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share as a percentage; never "100.0%" or "0.0%" for what only rounds to it."""
+    text = f"{value:.{digits}%}"
+    if math.isclose(value, 1) or math.isclose(value, 0, abs_tol=1e-9):
+        return text
+    rounded_away = (value < 1 and text == f"{1:.{digits}%}") or (value > 0 and text == f"{0:.{digits}%}")
+    return percent(value, digits + 1) if rounded_away and digits < 4 else text
+
+
+def interval(bounds: Iterable[float]) -> str:
+    """Two shares as "95.1–98.0%"."""
+    low, high = (percent(bound) for bound in bounds)
+    return f"{low.removesuffix('%')}–{high}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "31 s", "5 min 12 s" or "3 h 04 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def memory(size: float) -> str:
+    """Bytes as "812 MB" or "24.5 GB", decimal."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def pixels(size: Iterable[int] | None) -> str | None:
+    """An image size (height, width) as "224 × 224 pixels"."""
+    return " × ".join(str(side) for side in size) + " pixels" if size else None
+
+
+def score_rows(record: Record) -> list[tuple[str, list[str]]]:
+    """The table of scores: each row's name and its text for every scored split."""
+    reports = [report for report in (record.test, record.validation) if report]
+    rows: list[tuple[str, list[str]]] = [
+        ("Images", [f"{report.num_images:,}" for report in reports]),
+        ("Accuracy", [percent(report.accuracy) for report in reports]),
+        ("95% interval of the accuracy", [interval(report.accuracy_interval) for report in reports]),
+        ("Macro F1", [percent(report.macro_f1) for report in reports]),
+        ("Balanced accuracy", [percent(report.balanced_accuracy) for report in reports]),
+        ("Log loss (nats)", [f"{report.log_loss:.4f}" for report in reports]),
+        ("Expected calibration error", [percent(report.ece) for report in reports]),
+    ]
+    top_5 = [report.top_5_accuracy for report in reports]
+    if any(score is not None for score in top_5):
+        rows.insert(3, ("Top-5 accuracy", ["–" if score is None else percent(score) for score in top_5]))
+    return rows

@@ -1,0 +1,149 @@
+"""report.html: one run on one page, charts and pictures inside; needs no network and no JavaScript."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
+
+from vit_finetune.publishing import charts
+from vit_finetune.publishing.record import (
+    Record,
+    class_rows,
+    duration,
+    interval,
+    load_record,
+    mean_confidence,
+    memory,
+    most_confused,
+    percent,
+    pixels,
+    printable,
+    score_rows,
+    worst_by_f1,
+)
+from vit_finetune.run import Mistake, Report, Run, write_text
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+MOST_BARS = 20
+"""With more classes, the bars show only this many: the worst."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to stand inside a page."""
+
+    uri: str
+    """`data:image/…;base64,…`"""
+    width: int
+    height: int
+    """Pixels."""
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether enlarging should show its pixels rather than blur them."""
+        return max(self.width, self.height) <= 64
+
+
+def write_report(run: Run) -> Path:
+    """The path of the run's `report.html`, written whole or not at all.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    write_text(run.report_html, build_report(run))
+    return run.report_html
+
+
+def build_report(run: Run) -> str:
+    """The page; what the run did not leave is left out or said to be missing."""
+    record = load_record(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters.update(
+        percent=percent,
+        interval=interval,
+        duration=duration,
+        memory=memory,
+        pixels=pixels,
+        number="{:,}".format,
+    )
+    template = environment.get_template("report.html.jinja")
+    report = record.headline
+    return template.render(
+        record=record,
+        provenance=record.provenance,
+        report=report,
+        curves=_curves(record),
+        augmented=_picture(run.pictures / "augmented.jpg"),
+        mistakes=[(mistake, _mistake_picture(run, mistake)) for mistake in report.worst_mistakes]
+        if report
+        else [],
+        scores=score_rows(record),
+        **(_of_one_split(report) if report else {}),
+    )
+
+
+def _curves(record: Record) -> list[tuple[str, Markup]]:
+    """(caption, chart) of each learning curve that the log holds points for."""
+    chosen = _chosen_epoch(record)
+    drawn = [
+        ("Loss of training batches and of the validation split", charts.draw_losses(record.history, chosen)),
+        ("Accuracy on the validation split", charts.draw_accuracy(record.history, chosen)),
+        ("Learning rate", charts.draw_learning_rate(record.history)),
+    ]
+    return [(caption, Markup(chart)) for caption, chart in drawn if chart]  # escaped in charts
+
+
+def _chosen_epoch(record: Record) -> float | None:
+    """The epoch of the published weights; None where the run did not choose by validation."""
+    step = record.best_step
+    found = (
+        entry["epoch"] for entry in record.history if step and entry.get("step") == step and "epoch" in entry
+    )
+    return next(found, None)
+
+
+def _of_one_split(report: Report) -> dict[str, Any]:
+    """What the page shows of the report that it quotes."""
+    rows = class_rows(report)
+    few = len(rows) <= MOST_BARS
+    calibration = charts.draw_calibration(report)
+    return {
+        "classes": rows,
+        "bars_shown": min(len(rows), MOST_BARS),
+        "bars": Markup(charts.draw_classes(rows if few else worst_by_f1(report, MOST_BARS))),
+        "confusion": Markup(charts.draw_confusion(report)),
+        "confused": most_confused(report, 10 if len(rows) <= charts.READABLE_CLASSES else 20),
+        "is_labelled": len(rows) <= charts.READABLE_CLASSES,
+        "calibration": Markup(calibration) if calibration else None,
+        "confidence": mean_confidence(report),
+    }
+
+
+def _mistake_picture(run: Run, mistake: Mistake) -> Picture | None:
+    # Only the name counts: a report from elsewhere must not pull other files into the page.
+    return _picture(run.pictures / Path(mistake.picture).name) if mistake.picture else None
+
+
+def _picture(path: Path) -> Picture | None:
+    """The picture in a file; None where there is none that a browser could show."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP", "GIF")) as image:
+            kind, (width, height) = image.get_format_mimetype(), image.size
+    except (OSError, UnidentifiedImageError):
+        return None
+    return Picture(f"data:{kind};base64,{base64.b64encode(content).decode()}", width, height)

@@ -1,0 +1,199 @@
+"""What one execution leaves behind: the run folder, its paths and its JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class RunError(RuntimeError):
+    """The work cannot go on; its text is the whole message for the user: found, expected, what to write instead."""
+
+
+class Interrupted(RunError):
+    """Somebody pressed Ctrl-C; the text says what was kept and how to go on."""
+
+
+class ClassScore(BaseModel):
+    """Scores of one class, each in [0, 1]; `support` counts its images."""
+
+    model_config = ConfigDict(frozen=True)
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class CalibrationBin(BaseModel):
+    """Images whose top probability lies in (low, high]: how many, their mean probability, and how many are right."""
+
+    model_config = ConfigDict(frozen=True)
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+class Mistake(BaseModel):
+    """An image that the model got wrong: how sure it was of the wrong class."""
+
+    model_config = ConfigDict(frozen=True)
+    id: str
+    label: str
+    predicted: str
+    probability: float
+    picture: str | None = None
+    """File name below the run's `pictures/`."""
+
+
+class Report(BaseModel):
+    """The numbers of one split. Every score is in [0, 1] except `log_loss` (nats)."""
+
+    model_config = ConfigDict(frozen=True)
+    split: str
+    num_images: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    """95% Wilson score interval."""
+    top_5_accuracy: float | None = None
+    """Only where there are more than 5 classes."""
+    macro_f1: float
+    balanced_accuracy: float
+    log_loss: float
+    ece: float
+    """Expected calibration error over 15 bins of equal width (Guo et al., 2017)."""
+    per_class: dict[str, ClassScore]
+    confusion_matrix: list[list[int]]
+    """Rows are the true classes, columns the predicted ones, both in the order of `labels`."""
+    labels: list[str]
+    """Class names in id order."""
+    calibration: list[CalibrationBin]
+    worst_mistakes: list[Mistake] = []
+
+    def to_json(self) -> str:
+        """The report as JSON, without what does not apply."""
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """The report in a JSON file."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+class Run:
+    """The folder of one execution; knows where everything in it lies, and makes nothing until asked."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.recipe = self.path / "recipe.yaml"
+        self.provenance = self.path / "provenance.json"
+        self.splits = self.path / "splits"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.history = self.path / "history.json"
+        self.pictures = self.path / "pictures"
+        self.report_html = self.path / "report.html"
+
+    def report(self, split: str) -> Path:
+        """Where the report of a split lies."""
+        return self.path / "reports" / f"{split}.json"
+
+    def predictions(self, split: str) -> Path:
+        """Where the predictions of a split lie."""
+        return self.path / "predictions" / f"{split}.parquet"
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run, finished or not."""
+        return self.recipe.is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint folder, by step; None before the first."""
+        found = {
+            int(match[1]): path
+            for path in (self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
+        }
+        return found[max(found)] if found else None
+
+    def check_free(self, resume: bool) -> None:
+        """Makes sure that a run may be written here, or resumed; makes nothing.
+
+        Raises:
+            RunError: it holds a run and `resume` is off, holds something else, or has nothing to resume.
+        """
+        if resume and not self.exists():
+            raise RunError(f"{self.path}: there is no run to resume; leave out --resume to start one")
+        if self.exists() and not resume:
+            raise RunError(
+                f"{self.path} already holds a run. Continue it with --resume, or write to another folder with "
+                f"training.output_dir=…"
+            )
+        if not resume and self.path.exists():
+            if not self.path.is_dir():
+                raise RunError(f"{self.path} is a file; expected a new or empty folder for the run")
+            if any(self.path.iterdir()):
+                raise RunError(
+                    f"{self.path} is not empty and holds no run; write to another folder with training.output_dir=…"
+                )
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Where this run came from: versions, hardware, data, times."""
+        facts: dict[str, Any] = json.loads(self.provenance.read_text(encoding="utf-8"))
+        return facts
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; it takes the name `path` only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps files private; runs are shared like any other file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, as UTF-8."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, or one that it came from, says that no space was left.
+
+    safetensors reports it as text, torch's zip writer as a failed write of the file; the cause chain is searched.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(seen) or "os error 28" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

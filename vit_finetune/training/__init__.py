@@ -1,0 +1,1 @@
+"""Training: transformers' Trainer, made exact, with choices for the machine at hand."""

@@ -1,0 +1,261 @@
+"""Precision, attention kernel, loader processes and batch size: chosen for this machine, with the reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from vit_finetune.recipe import ModelConfig, TrainingConfig
+from vit_finetune.run import RunError
+
+MEMORY_SHARE = 0.7
+"""Share of the free memory that an automatic batch size may fill by estimate."""
+LARGEST_AUTOMATIC_BATCH = 128
+"""Beyond it, throughput gains little and the learning rate would have to follow."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that was decided for the machine, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass
+class Hardware:
+    """What a run uses of the machine."""
+
+    use_cpu: bool
+    bf16: bool
+    fp16: bool
+    attn_implementation: str
+    num_workers: int
+    batch_size: int
+    """Images per device and step."""
+    choices: list[Choice] = field(default_factory=list)
+
+
+def choose_hardware(
+    training: TrainingConfig,
+    config: ModelConfig,
+    model: PreTrainedModel,
+    before: dict[str, Any] | None = None,
+) -> Hardware:
+    """What the recipe says, and for what it leaves `auto` the best for this machine.
+
+    Args:
+        training: the recipe's section.
+        config: the recipe's section.
+        model: what will be trained.
+        before: provenance of the run that is resumed; what changes its numbers is then chosen as it was.
+
+    Raises:
+        RunError: bf16 and fp16 are both asked for.
+    """
+    use_cpu = training.use_cpu or not torch.accelerator.is_available()
+    if before:
+        chosen = {choice["name"]: choice["value"] for choice in before["choices"]}
+        precision = chosen["precision"]
+        training = training.model_copy(
+            update={
+                "bf16": precision == "bf16",
+                "fp16": precision == "fp16",
+                "per_device_train_batch_size": int(chosen["batch"]),
+            }
+        )
+        config = config.model_copy(update={"attn_implementation": chosen["attention"]})
+    bf16, fp16, precision = _choose_precision(training, model, use_cpu)
+    attention = _choose_attention(config, model, use_cpu, bf16)
+    workers = _choose_workers(training, use_cpu)
+    batch = _choose_batch(training, model, use_cpu)
+    return Hardware(
+        use_cpu, bf16, fp16, attention.value, int(workers.value), int(batch.value),
+        [precision, attention, workers, batch],
+    )  # fmt: skip
+
+
+def _choose_precision(
+    training: TrainingConfig, model: PreTrainedModel, use_cpu: bool
+) -> tuple[bool, bool, Choice]:
+    if training.bf16 is True and training.fp16 is True:
+        raise RunError("training.bf16 and training.fp16 are both true; write one of them")
+    if training.bf16 is True or training.fp16 is True:
+        name = "bf16" if training.bf16 is True else "fp16"
+        return name == "bf16", name == "fp16", Choice("precision", name, "the recipe says so")
+    if training.bf16 is False:
+        # fp16 is only ever chosen for GPUs without bf16, where it is what `auto` falls back on.
+        return False, False, Choice("precision", "fp32", "the recipe says so")
+    if use_cpu:
+        width = getattr(model.config, "hidden_size", None) or 256
+        ratio = bf16_speedup(int(width))
+        chosen = ratio > 1.2
+        return (
+            chosen,
+            False,
+            Choice(
+                "precision",
+                "bf16" if chosen else "fp32",
+                f"matrix products of width {width} run at {ratio:.1f} times the fp32 speed in bf16 on this CPU",
+            ),
+        )
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return True, False, Choice("precision", "bf16", f"{torch.cuda.get_device_name()} computes in bf16")
+    if torch.cuda.is_available() and training.fp16 == "auto":
+        return False, True, Choice("precision", "fp16", f"{torch.cuda.get_device_name()} has no bf16")
+    return (
+        False,
+        False,
+        Choice("precision", "fp32", "neither bf16 nor fp16 is known to work on this accelerator"),
+    )
+
+
+def bf16_speedup(width: int) -> float:
+    """Speed of this CPU's bf16 matrix products by that of its fp32 ones, measured on an MLP's shape (about 50 ms)."""
+
+    def best_seconds(dtype: torch.dtype) -> float:
+        inputs, weight = torch.randn(1024, width).to(dtype), torch.randn(4 * width, width).to(dtype)
+        times = []
+        for _ in range(4):  # the first warms up, the best of the others counts
+            start = time.perf_counter()
+            torch.nn.functional.linear(inputs, weight)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    state = torch.get_rng_state()  # asking the machine must not change what is trained
+    ratio = best_seconds(torch.float32) / best_seconds(torch.bfloat16)
+    torch.set_rng_state(state)
+    return ratio
+
+
+def _choose_attention(config: ModelConfig, model: PreTrainedModel, use_cpu: bool, bf16: bool) -> Choice:
+    if config.attn_implementation != "auto":
+        return Choice("attention", config.attn_implementation, "the recipe says so")
+    if not getattr(model, "_supports_sdpa", False):
+        return Choice("attention", "eager", f"{type(model).__name__} has no other")
+    if use_cpu and bf16:
+        return Choice(
+            "attention", "eager", "on CPUs in bf16 plain matrix products are faster than the fused kernel"
+        )
+    return Choice("attention", "sdpa", "the fused kernel")
+
+
+def _choose_workers(training: TrainingConfig, use_cpu: bool) -> Choice:
+    if training.dataloader_num_workers != "auto":
+        return Choice("loader processes", str(training.dataloader_num_workers), "the recipe says so")
+    if use_cpu:
+        return Choice("loader processes", "0", "they would take the cores that compute")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = max(1, min(8, cores // here - 1))
+    return Choice("loader processes", str(count), f"{cores} cores for {here} processes on this machine")
+
+
+def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: bool) -> Choice:
+    if training.per_device_train_batch_size != "auto":
+        return Choice("batch", str(training.per_device_train_batch_size), "the recipe says so")
+    free = psutil.virtual_memory().available if use_cpu else torch.cuda.mem_get_info()[0]
+    if use_cpu:
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fixed, each = estimate_memory(model)
+    batch = LARGEST_AUTOMATIC_BATCH
+    while batch > 1 and fixed + batch * each > MEMORY_SHARE * free:
+        batch //= 2
+    return Choice(
+        "batch",
+        str(batch),
+        f"about {(fixed + batch * each) / 1e9:.1f} GB by estimate, {free / 1e9:.1f} GB free; at most "
+        f"{LARGEST_AUTOMATIC_BATCH}",
+    )
+
+
+def estimate_memory(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes that training takes whatever the batch, and bytes for each image of a batch, in fp32 with AdamW.
+
+    The first are weights, gradients and two moments. The second are counted, not guessed: what one image's forward
+    pass keeps for the backward pass. The allocator's own share is left out.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    height, width = image_size_of(model)
+    state, was_training = torch.get_rng_state(), model.training
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        pixels = torch.zeros(2, model.config.num_channels, height, width, device=model.device)
+        output = model.train()(pixel_values=pixels).logits.sum()
+    del output
+    model.train(was_training)
+    torch.set_rng_state(state)
+    return 4 * (parameters + 3 * trained), sum(kept.values()) // 2
+
+
+def image_size_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model takes."""
+    size = model.config.image_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def check_world(world_size: int) -> None:
+    """Makes sure that the processes that were launched found each other.
+
+    Raises:
+        RunError: the launcher started another number of processes than train together. Each would believe it is
+            alone: `accelerate launch --cpu`, or a backend that did not form.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != world_size:
+        raise RunError(
+            f"the launcher started {launched} processes, but {world_size} train together. Expected one world of "
+            f"{launched}; on machines without an accelerator launch with `--multi_gpu` and set training.use_cpu=true"
+        )
+
+
+def describe_hardware(use_cpu: bool, processes: int) -> dict[str, Any]:
+    """Device, memory in bytes and number of processes, for the provenance; no host name."""
+    if use_cpu:
+        device = f"CPU: {_cpu_name()}, {psutil.cpu_count(logical=True)} cores"
+        memory = psutil.virtual_memory().total
+    else:
+        device = (
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else str(torch.accelerator.current_accelerator())
+        )
+        memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return {"device": device, "memory_bytes": memory, "processes": processes, "system": platform.system()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(use_cpu: bool) -> int:
+    """Most bytes used so far: of this process, or allocated by torch on its GPU."""
+    if not use_cpu and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,79 @@
+"""Parameter groups: what is decayed, and how the learning rate falls towards the first layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vit_finetune.run import RunError
+
+UNDECAYED = (
+    "cls_token",
+    "distillation_token",
+    "mask_token",
+    "register_tokens",
+    "position_embeddings",
+    "position_bias",
+)
+"""Parts of the names of matrices that are no weights in the sense of weight decay (as timm's `no_weight_decay`)."""
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to biases, norms, class token and positions."""
+    return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
+
+
+def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
+    """Depth by parameter name: 0 for the embeddings, 1 … n for the encoder's layers, n + 1 for all above.
+
+    Raises:
+        RunError: the model has no stack of layers of one kind, as CNNs have none.
+    """
+    stacks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
+    }
+    total = sum(p.numel() for p in model.parameters())
+    encoder = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()), default=None)
+    if encoder is None or sum(p.numel() for p in stacks[encoder].parameters()) < total / 2:
+        raise RunError(
+            f"training.layer_decay needs a stack of encoder layers, which {type(model).__name__} lacks"
+        )
+    numbers, depth, passed = {}, len(stacks[encoder]), False
+    for name, _ in model.named_parameters():
+        if name.startswith(f"{encoder}."):
+            numbers[name] = int(name.removeprefix(f"{encoder}.").split(".")[0]) + 1
+            passed = True
+        else:
+            numbers[name] = depth + 1 if passed else 0
+    return numbers
+
+
+def build_parameter_groups(
+    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer: `params`, `lr` and `weight_decay`, one for each pair of the two.
+
+    A parameter at depth d of n + 1 learns at `learning_rate × layer_decay^(n + 1 − d)`, the head at `learning_rate`
+    (Bao et al., 2021, BEiT, appendix; He et al., 2022, MAE).
+
+    Args:
+        model: of which the parameters that require a gradient are grouped.
+        learning_rate: of the head.
+        weight_decay: of the parameters that are decayed.
+        layer_decay: factor in (0, 1] from each layer to the one below it; 1 is off.
+    """
+    numbers = layer_numbers(model) if layer_decay != 1.0 else {}
+    top = max(numbers.values(), default=0)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = learning_rate * layer_decay ** (top - numbers.get(name, top))
+        decay = weight_decay if is_decayed(name, parameter) else 0.0
+        group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())

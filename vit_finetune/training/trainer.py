@@ -1,0 +1,212 @@
+"""The Trainer for images: exact restores, losses that take soft targets, groups that spare the positions."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
+from vit_finetune.model.loading import restore_weights
+from vit_finetune.recipe import TrainingConfig
+from vit_finetune.run import RunError
+from vit_finetune.training.hardware import Hardware
+from vit_finetune.training.optim import build_parameter_groups
+
+
+@dataclass
+class ViTTrainingArguments(TrainingArguments):  # type: ignore[misc]
+    """`transformers.TrainingArguments`, and what the Trainer lacks for Vision Transformers."""
+
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of each layer by that of the layer above it; 1 is off."}
+    )
+
+
+def build_arguments(
+    training: TrainingConfig, hardware: Hardware, output_dir: Path, eval_batch_size: int
+) -> ViTTrainingArguments:
+    """The Trainer's arguments of a recipe, on this machine.
+
+    Args:
+        training: the recipe's section.
+        hardware: what was chosen for what the section leaves `auto`.
+        output_dir: where checkpoints go.
+        eval_batch_size: images per device and step of evaluation.
+
+    Raises:
+        RunError: values that do not go together.
+    """
+    names = set(TrainingConfig.model_fields) | training.model_fields_set
+    values = {name: getattr(training, name) for name in names} | {
+        "output_dir": str(output_dir),
+        "use_cpu": hardware.use_cpu,
+        "bf16": hardware.bf16,
+        "fp16": hardware.fp16,
+        "dataloader_num_workers": hardware.num_workers,
+        "per_device_train_batch_size": hardware.batch_size,
+        "per_device_eval_batch_size": eval_batch_size,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,  # our own bar shows loss and images/s
+    }
+    values.setdefault("dataloader_pin_memory", not hardware.use_cpu)
+    values.setdefault("dataloader_persistent_workers", hardware.num_workers > 0)
+    # The Trainer's new name for it; the old one warns.
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if name in values:
+            values[name.replace("gradient", "activation")] = values.pop(name)
+    try:
+        return ViTTrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RunError(f"training: {error}") from error
+
+
+class ViTTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer over `TrainingImages` and `EvaluationImages`.
+
+    Args:
+        model: a classifier, in float32.
+        image_processor: the model's; normalises batches on the device, and is saved with every checkpoint.
+        args: what to do.
+        train_dataset: training images.
+        eval_dataset: validation images.
+        compute_metrics: from the Trainer's `EvalPrediction` of the validation images to their scores by name.
+        callbacks: more of the Trainer's callbacks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: BaseImageProcessor,
+        args: ViTTrainingArguments,
+        train_dataset: TrainingImages,
+        eval_dataset: EvaluationImages,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=image_processor,
+            data_collator=collate,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.image_processor = image_processor
+        # The loss below is a sum over the accumulated batch's images by their number.
+        self.loss_is_scaled_for_ga = True
+
+    # -- data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return EpochSampler(len(self.train_dataset), seed)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Batches on the device, normalised there: a quarter of the bytes travel."""
+        inputs = super()._prepare_inputs(inputs)
+        if inputs["pixel_values"].dtype == torch.uint8:
+            inputs = {**inputs, "pixel_values": normalize(inputs["pixel_values"], self.image_processor)}
+        return inputs
+
+    # -- loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | None:
+        """Images in the accumulated batch, of all processes; the Trainer's own count takes soft targets for tokens."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        count = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy of the batch, with label smoothing while training; with the outputs where they are asked for."""
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        training = model.training
+        loss = cross_entropy(
+            outputs.logits,
+            inputs["labels"],
+            self.args.label_smoothing_factor if training else 0.0,
+            num_items_in_batch if training else None,
+        )
+        if training and num_items_in_batch is not None:
+            loss = (
+                loss * self.args.world_size
+            )  # DDP averages the gradients of what was divided by the sum already
+        return (loss, outputs) if return_outputs else loss
+
+    # -- optimizer
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer over groups that spare positions, class token, norms and biases, and know their depth."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
+                raise RunError(
+                    f"training.optim={self.args.optim.value} makes parameter groups of its own; expected an optimizer "
+                    f"that takes groups, such as adamw_torch_fused"
+                )
+            groups = build_parameter_groups(
+                model, self.args.learning_rate, self.args.weight_decay, self.args.layer_decay
+            )
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    # -- checkpoints
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is worse than none
+            raise
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
+    ) -> None:
+        restore_weights(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        restore_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    count: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy in nats: the mean over the batch, or the sum divided by `count`.
+
+    Args:
+        logits: `(batch, classes)`.
+        labels: class ids, int64 `(batch,)`, or target probabilities, float `(batch, classes)`.
+        label_smoothing: share of every target spread over all classes, in [0, 1).
+        count: number of images to divide by, of which these are a part.
+    """
+    if count is None:
+        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    total = torch.nn.functional.cross_entropy(
+        logits, labels, label_smoothing=label_smoothing, reduction="sum"
+    )
+    return total / count
