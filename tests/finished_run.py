@@ -133,13 +133,15 @@ def _calibration(top: np.ndarray, right: np.ndarray) -> list[CalibrationBin]:
     bins = []
     for low, high in itertools.pairwise(edges):
         inside = (top > low) & (top <= high)
+        if not inside.any():
+            continue  # as scoring does
         bins.append(
             CalibrationBin(
                 low=float(low),
                 high=float(high),
                 count=int(inside.sum()),
-                confidence=float(top[inside].mean()) if inside.any() else 0.0,
-                accuracy=float(right[inside].mean()) if inside.any() else 0.0,
+                confidence=float(top[inside].mean()),
+                accuracy=float(right[inside].mean()),
             )
         )
     return bins

@@ -14,7 +14,7 @@ from finished_run import draw_report, write_finished_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from vit_finetune.publishing import build_card, write_card
+from vit_finetune.publishing.card import build_card, write_card
 from vit_finetune.publishing.redaction import escape_markdown, values_without_paths, without_paths
 from vit_finetune.run import Report, Run, write_text
 
@@ -57,6 +57,7 @@ def test_front_matter_is_the_report(tmp_path: Path) -> None:
     for result in results.values():
         assert (result.task_type, result.dataset_split) == ("image-classification", "test")
         assert result.metric_args["num_images"] == report.num_images
+    assert results["ece"].metric_args["bins"] == 15 > len(report.calibration)
     assert tuple(results["accuracy"].metric_args["interval_95"]) == report.accuracy_interval
     assert (data.library_name, data.pipeline_tag, data.license) == (
         "transformers",
@@ -103,6 +104,11 @@ def test_without_a_test_split_the_score_is_the_selecting_one(tmp_path: Path) -> 
     accuracy = ModelCard(card).data.eval_results[0]
     assert (accuracy.dataset_split, accuracy.metric_value) == ("validation", report.accuracy)
     assert accuracy.metric_name == "Accuracy on the validation split"
+    write_text(run.recipe, run.recipe.read_text(encoding="utf-8").replace("at_end: true", "at_end: false"))
+    last = build_card(run)  # the weights of the last step: nothing was selected
+    assert (
+        "**This is a validation score; no test" in last and "chosen by" not in last and "selected" not in last
+    )
     run.report("validation").unlink()
     unscored = build_card(run)
     assert "It was not scored." in unscored and ModelCard(unscored).data.eval_results is None
@@ -273,7 +279,7 @@ def test_a_bare_run_has_a_card(tmp_path: Path) -> None:
 
 def test_needs_no_torch() -> None:
     code = (
-        "import sys, vit_finetune.publishing\n"
+        "import sys, vit_finetune.publishing.card, vit_finetune.publishing.report\n"
         "print([m for m in ('torch', 'torchvision', 'transformers', 'datasets') if m in sys.modules])\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from finished_run import write_finished_run
 
-from vit_finetune.publishing import build_report, write_report
+from vit_finetune.publishing.report import build_report, write_report
 from vit_finetune.run import Report, Run, write_text
 
 HOSTILE = (
@@ -163,6 +163,10 @@ def test_without_a_test_split_it_says_so(tmp_path: Path) -> None:
     page = Page(build_report(write_finished_run(tmp_path, ("cat", "dog"), with_test=False)))
     assert "validation accuracy" in page.text and "This is a validation score" in page.text
     assert "test accuracy" not in page.text
+    run = Run(tmp_path)
+    write_text(run.recipe, run.recipe.read_text(encoding="utf-8").replace("at_end: true", "at_end: false"))
+    last = Page(build_report(run)).text
+    assert "also selected" in page.text and "also selected" not in last and "chosen by validation" not in last
     tested = Page(build_report(write_finished_run(tmp_path / "tested")))
     assert "This is a validation score" not in tested.text
 
@@ -182,7 +186,8 @@ def test_a_log_with_gaps_still_gives_curves(tmp_path: Path) -> None:
     run = write_finished_run(tmp_path)
     write_text(
         run.history,
-        '[{"epoch": 1, "loss": NaN, "step": 1}, {"epoch": 2, "loss": 0.5, "step": 2}, {"epoch": 3, "eval_accuracy": NaN}, {"step": 3}]',
+        '[{"epoch": 1, "loss": NaN, "step": 1}, {"epoch": 2, "loss": 0.5, "step": 2}, '
+        '{"epoch": 3, "eval_accuracy": NaN}, {"step": 3}]',
     )
     assert Page(build_report(run)).tags.count("svg") == 4
     write_text(run.history, "[]")

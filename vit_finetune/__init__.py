@@ -1,4 +1,4 @@
-"""Fine-tune Vision Transformers: one recipe file takes a folder of images to an evaluated, documented model."""
+"""Vision Transformers, fine-tuned: one recipe takes a folder of images to an evaluated, documented model."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -9,7 +9,6 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,13 +21,14 @@ from vit_finetune.run import Interrupted, RunError, is_disk_full
 app = typer.Typer(
     help="One recipe file takes a folder of images to an evaluated, documented Vision Transformer.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: importing rich for it takes longer than all the rest
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe keys to set, such as data.path=photos/.")
+    list[str] | None, typer.Argument(metavar="key=value", help="Recipe keys to set, such as data.path=photos/.")
 ]
 Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a Hub id.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -105,7 +105,7 @@ def evaluate(
 @app.command()
 def predict(
     target: Target,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER…", help="Images to classify.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER", help="Images to classify.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each.")] = 5,
     as_json: Json = False,
     debug: Debug = False,
@@ -142,7 +142,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     pass
 
@@ -186,7 +186,8 @@ def _explain(error: Exception) -> str:
     if isinstance(error, RunError):
         return str(error)
     if is_disk_full(error):
-        return f"the disk is full ({Path.cwd()} or the run folder); free some space and go on with --resume"
+        place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return f"the disk is full{place}. Free some space and say the same again; `train` goes on with --resume"
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 

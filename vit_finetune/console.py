@@ -18,7 +18,8 @@ def terminal() -> Console:
     """The console of this process: stderr, or nothing where a launcher gave this process another rank than 0."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(message: str) -> None:
@@ -68,11 +69,11 @@ def build_progress(unit: str) -> Progress:
             return Text(f"{rate:,.0f} {unit}/s" if rate else "")
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # file names stand in it
         BarColumn(),
         MofNCompleteColumn(),
         RateColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         TimeRemainingColumn(),
         console=terminal(),
         transient=True,

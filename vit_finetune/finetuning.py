@@ -1,21 +1,17 @@
-"""The story: recipe → data → model → hardware → training → best checkpoint → test, scored once → run folder."""
+"""The story: recipe → data → model → hardware → training → best checkpoint → test, once → run folder."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import yaml
 from accelerate import PartialState
 from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
@@ -42,10 +38,9 @@ from vit_finetune.training.hardware import (
     Hardware,
     check_world,
     choose_hardware,
-    describe_hardware,
     estimate_memory,
-    peak_memory,
 )
+from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
 
@@ -77,7 +72,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
         )
         arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
-        provenance = _provenance(recipe, data, model, hardware, state.num_processes, command, before)
+        provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
         if state.is_main_process:
             _open(run, recipe, data, train, provenance)
         stop = StopOnInterrupt()
@@ -99,12 +94,13 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             stop.stop_listening()
         if stop.interrupted:
             raise Interrupted(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. Go on "
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
+                f"Go on "
                 f"with: vit-finetune train {recipe.name} --resume (and the same key=value words)"
             )
         if state.is_main_process:
             _save_model(run, model, image_processor)
-            provenance |= _training_facts(trainer, result.metrics, hardware)
+            provenance |= describe_training(trainer, result.metrics, hardware)
             write_json(run.history, trainer.state.log_history)
             write_json(run.provenance, provenance)
         state.wait_for_everyone()
@@ -118,7 +114,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
-    """What `finetune` would do, having trained nothing: classes, counts, findings, batch, model, steps, memory.
+    """What `finetune` would do: classes, counts, findings, batch, model, steps, memory. Trains nothing.
 
     Args:
         recipe: what to look at.
@@ -191,7 +187,8 @@ def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
     ]
     if changed:
         raise RunError(
-            f"{run.path}: cannot be resumed with another recipe: {'; '.join(changed)}. Resume it with the same words, "
+            f"{run.path}: cannot be resumed with another recipe: {'; '.join(changed)}. Resume it with the "
+            f"same words, "
             f"or start another run with training.output_dir=…"
         )
     return run.read_provenance()
@@ -245,8 +242,9 @@ def _show_plan(
     for choice in hardware.choices:
         say(f"{choice.name}: {choice.value} ({choice.reason})")
     say(
-        f"{processes} processes × {hardware.batch_size} images × {_accumulation(recipe)} accumulation = "
-        f"{per_step} images per step; {steps:,} steps, {steps_per_epoch:,} an epoch; about {memory / 1e9:.1f} GB"
+        f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × {_accumulation(recipe)} accumulation = "
+        f"{per_step} images per step; {steps:,} steps, {steps_per_epoch:,} an epoch; about "
+        f"{memory / 1e9:.1f} GB"
     )
     return facts | {
         "labels": data.labels,
@@ -262,57 +260,12 @@ def _show_plan(
 
 def _show_classes(data: PreparedData) -> None:
     columns = {name: column_values(split, "label") for name, split in data.splits.items()}
-    rows = [
+    rows: list[list[Any]] = [
         [label, *(values.count(number) for values in columns.values())]
         for number, label in enumerate(data.labels)
     ]
     shown = rows if len(rows) <= 40 else [*rows[:40], [f"… {len(rows) - 40} more", *([""] * len(columns))]]
     show_table("images by class", ["class", *columns], shown)
-
-
-def _provenance(
-    recipe: Recipe,
-    data: PreparedData,
-    model: PreTrainedModel,
-    hardware: Hardware,
-    processes: int,
-    command: str | None,
-    before: dict[str, Any] | None,
-) -> dict[str, Any]:
-    facts = {
-        "created": before["created"] if before else datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or f"finetune(load_recipe({recipe.name!r}))",
-        "recipe_name": recipe.name,
-        "recipe": yaml.safe_load(recipe.to_yaml(resolved=False)),
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
-        "hardware": describe_hardware(hardware.use_cpu, processes),
-        "choices": [asdict(choice) for choice in hardware.choices],
-        "seed": recipe.training.seed,
-        "data": data.describe(recipe.data.path),
-        "labels": data.labels,
-        "model": describe_model(model) | {"base_model": recipe.model.path},
-    }
-    if before and before["data"]["splits"] != facts["data"]["splits"]:
-        raise RunError(
-            f"{recipe.data.path}: the images are not those that the run was started with, so it cannot be resumed. "
-            f"Start another run with training.output_dir=…"
-        )
-    return facts
-
-
-PACKAGES = [
-    "vit-finetune",
-    "torch",
-    "torchvision",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "evaluate",
-    "huggingface-hub",
-    "numpy",
-    "pillow",
-    "scikit-learn",
-]
 
 
 def _open(
@@ -361,24 +314,12 @@ def _save_model(run: Run, model: PreTrainedModel, image_processor: BaseImageProc
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _training_facts(trainer: ViTTrainer, metrics: dict[str, float], hardware: Hardware) -> dict[str, Any]:
-    state = trainer.state
-    return {
-        "train_seconds": round(metrics["train_runtime"], 2),
-        "images_per_second": round(metrics["train_samples_per_second"], 2),
-        "peak_memory_bytes": peak_memory(hardware.use_cpu),
-        "steps": state.global_step,
-        "best_step": state.best_global_step,
-        "best_metric": {"name": trainer.args.metric_for_best_model, "value": state.best_metric},
-    }
-
-
 def _score(
     run: Run, recipe: Recipe, splits: datasets.DatasetDict, device: torch.device, writes: bool
 ) -> dict[str, Report]:
-    """Scores validation and, once and last, test, with the weights that were saved, and writes the reports."""
+    """Scores validation and then test, once, with the weights that were saved; writes the reports."""
     model, image_processor = load_checkpoint(str(run.model))
-    model = model.to(device)  # type: ignore[arg-type]
+    model = model.to(device)
     reports = {}
     for name in [name for name in ("validation", "test") if name in splits]:
         scores = score(model, image_processor, splits[name], name, recipe.evaluation)

@@ -180,6 +180,7 @@ class TrainingConfig(Section):
     save_total_limit: Positive | None = 2
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "accuracy"
+    optim: str = "adamw_torch_fused"
     logging_steps: Annotated[float, Field(gt=0)] = 10
     report_to: str | list[str] | None = "none"
     seed: int = 42
@@ -205,7 +206,7 @@ class Recipe(Section):
             if not isinstance(section, dict | None):
                 return values  # the field's own validation says what is wrong
             try:
-                return {**values, "training": training_section()(**(section or {}))}
+                return {**values, "training": training_section().model_validate(section or {})}
             except ValidationError as error:
                 raise _Nested("training", error) from None
         return values
@@ -316,14 +317,17 @@ def _annotation(node: ast.expr, choices: dict[str, Any]) -> Any:
 
 
 def _default(node: ast.expr | None) -> Any:
-    """The constant default inside `field(default=…)`; None where it is computed."""
+    """The default inside `field(default=…)` or `field(default_factory=list)`; None where it is computed."""
     if isinstance(node, ast.Call):
         for keyword in node.keywords:
-            if keyword.arg == "default":
-                try:
-                    return ast.literal_eval(keyword.value)
-                except ValueError:
-                    return None
+            match keyword:
+                case ast.keyword(arg="default", value=value):
+                    try:
+                        return ast.literal_eval(value)
+                    except ValueError:
+                        return None
+                case ast.keyword(arg="default_factory", value=ast.Name(id="list")):
+                    return []
     return None
 
 
@@ -337,8 +341,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
+            position = next(key for (key, _), name in reversed(list(zip(node.value, keys))) if name == twice)
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice!r} is written twice", node.start_mark
+                None, None, f"the key {twice!r} is written twice", position.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -386,7 +391,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+        raise RecipeError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(_sections())}")
     for override in overrides:
@@ -405,9 +412,11 @@ def build_recipe(values: dict[str, Any], name: str = "recipe", source: str = "re
     Raises:
         RecipeError: an unknown key or a value of the wrong type.
     """
+    if "name" in values:  # a field of Recipe, but no key of a recipe
+        raise RecipeError(f"{source}: {_unknown_key(('name',))}")
     values = {key: section if section is not None else {} for key, section in values.items()}
     try:
-        return Recipe(**{**values, "name": name})
+        return Recipe.model_validate({**values, "name": name})
     except _Nested as nested:
         raise RecipeError(_explain(nested.error, source, (nested.section,))) from None
     except ValidationError as error:
@@ -421,7 +430,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{override}: the value is not valid YAML: {error}") from None
+        raise RecipeError(f"{override}: the value is not valid YAML: {_yaml_problem(error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
         if values.get(parent) is None:
@@ -433,6 +442,32 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 # --------------------------------------------------------------------------- explaining
+
+
+EXPECTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "keys below it",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "string_type": "text (a number as text is written in quotes)",
+    "tuple_type": "a list of 2 numbers",
+    "too_long": "a list of 2 numbers",
+    "missing": "a list of 2 numbers",
+}
+"""What pydantic's kinds of error say that it wanted, in words that need no Python; its own message for the others."""
+
+
+def _yaml_problem(error: Exception) -> str:
+    """One line for what PyYAML says in several."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error)
 
 
 def _sections() -> list[str]:
@@ -466,20 +501,29 @@ def _explain(error: ValidationError, source: str, prefix: tuple[str, ...]) -> st
         key = ".".join(location)
         found = problem["input"]
         match problem["type"]:
-            case "extra_forbidden":
+            case "extra_forbidden" | "invalid_key":
                 lines[key] = _unknown_key(location)
-            case "missing":
+            case "missing" if len(location) == len(prefix) + len(problem["loc"]):
                 what = "section" if len(location) == 1 else "key"
                 lines[key] = f"the {what} {key} is missing"
             case "model_type" | "dict_type" if len(location) == 1:
                 lines[key] = f"{key} is a section: expected keys below it, found {found!r}"
             case "value_error":
                 lines[key] = f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-            case _:
-                message = problem["msg"].removeprefix("Input should be ")
-                expected = f"{lines[key]} or {message}" if key in lines else f"expected {message}"
-                lines[key] = expected if key in lines else f"{key}: found {found!r}, {expected}"
+            case kind:
+                expected = EXPECTED.get(kind, problem["msg"].removeprefix("Input should be "))
+                if key not in lines:
+                    lines[key] = f"{key}: found {found!r}, expected {expected}"
+                elif not lines[key].endswith(expected):
+                    lines[key] += f" or {expected}"
+                if kind == "literal_error" and (hint := _nearest(str(found), _words(problem["ctx"]["expected"]))):
+                    lines[key] += f"; did you mean {hint}?"
     return "\n".join(f"{source}: {line}" for line in lines.values())
+
+
+def _words(expected: str) -> list[str]:
+    """The words in pydantic's `'a', 'b' or 'c'`."""
+    return re.findall(r"'([^']*)'", expected)
 
 
 def _unknown_key(location: tuple[str, ...]) -> str:
@@ -489,9 +533,9 @@ def _unknown_key(location: tuple[str, ...]) -> str:
     siblings = _keys_of(location[:-1])
     nearest = _nearest(name, siblings)
     elsewhere = [f"{section}.{name}" for section in _sections() if name in _keys_of([section])]
-    suggestion = ".".join((*location[:-1], nearest)) if nearest else (elsewhere[0] if elsewhere else None)
-    if suggestion:
-        hint = f"did you mean {suggestion}?"
+    suggestions = [".".join((*location[:-1], nearest))] if nearest else []
+    if suggestions + elsewhere:
+        hint = f"did you mean {' or '.join(suggestions + elsewhere)}?"
     elif location[0] == "training":  # too many to list
         hint = "known are the fields of transformers.TrainingArguments and layer_decay"
     else:

@@ -147,7 +147,16 @@ class Run:
                 )
 
     def read_provenance(self) -> dict[str, Any]:
-        """Where this run came from: versions, hardware, data, times."""
+        """Where this run came from: versions, hardware, data, times.
+
+        Raises:
+            RunError: the run was stopped while its folder was being made.
+        """
+        if not self.provenance.is_file():
+            raise RunError(
+                f"{self.path}: {self.provenance.name} is missing: the run stopped before its first step. Delete the "
+                f"folder and start it again"
+            )
         facts: dict[str, Any] = json.loads(self.provenance.read_text(encoding="utf-8"))
         return facts
 
@@ -187,13 +196,17 @@ def write_json(path: Path, value: Any) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception, or one that it came from, says that no space was left.
 
-    safetensors reports it as text, torch's zip writer as a failed write of the file; the cause chain is searched.
+    safetensors reports it as text, torch's zip writer as a place in the file that it did not reach; the cause chain
+    is searched.
     """
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(seen) or "os error 28" in str(seen):
+        text = str(seen)
+        if "No space left on device" in text or "os error 28" in text:
+            return True
+        if "inline_container.cc" in text and ("unexpected pos" in text or "failed writing" in text):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import shutil
 import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 from vit_finetune.console import progress
-from vit_finetune.run import RunError
+from vit_finetune.run import RunError, is_disk_full
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError)
+"""What damaged archives raise, beside OSError and RuntimeError (encrypted, or an unknown compression)."""
 
 
 def cache_dir() -> Path:
@@ -37,8 +42,8 @@ def unpack(path: Path) -> Path:
     """The folder with an archive's files; unpacked at the first call, found again at the next.
 
     Raises:
-        RunError: the archive is broken, names a place outside itself, holds links or devices, or unpacks to more
-            than the disk has free. Nothing is left behind then.
+        RunError: the archive is broken, names a place outside itself, holds links or devices, or unpacks to
+            more than the disk has free. Nothing is left behind then.
     """
     facts = path.stat()
     key = hashlib.blake2b(
@@ -53,12 +58,12 @@ def unpack(path: Path) -> Path:
         _unpack_into(aside, path)
         aside.chmod(0o755)  # mkdtemp makes it private
         try:
-            os.replace(aside, target)
+            aside.replace(target)
         except OSError:
             if not target.is_dir():  # else another process was first: the same files are there
                 raise
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, RunError):
+    except (*_BROKEN, OSError, RuntimeError) as error:
+        if isinstance(error, RunError) or is_disk_full(error):
             raise
         raise RunError(f"{path}: not a readable archive: {error}") from error
     finally:
@@ -71,7 +76,9 @@ def _unpack_into(folder: Path, path: Path) -> None:
         total = sum(size for _, size, _ in members)
         free = shutil.disk_usage(folder).free
         if total > free:
-            raise RunError(f"{path}: unpacks to {total / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB free")
+            raise RunError(
+                f"{path}: unpacks to {total / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB free"
+            )
         for name, _, _ in members:
             _check_name(path, name)
         with progress(f"unpacking {path.name}", len(members), "files") as advance:
@@ -90,15 +97,17 @@ def _check_name(path: Path, name: str) -> None:
     for reading in (PurePosixPath(name), PureWindowsPath(name)):
         if reading.is_absolute() or reading.drive or ".." in reading.parts:
             raise RunError(
-                f"{path}: holds a file named {name!r}, which points outside the archive. Nothing was unpacked; "
-                f"expected plain relative names"
+                f"{path}: holds a file named {name!r}, which points outside the archive. Nothing was "
+                f"unpacked; expected plain relative names"
             )
 
 
 class _Member:
     """A file of an archive, opened on call."""
 
-    def __init__(self, archive: zipfile.ZipFile | tarfile.TarFile, info: zipfile.ZipInfo | tarfile.TarInfo) -> None:
+    def __init__(
+        self, archive: zipfile.ZipFile | tarfile.TarFile, info: zipfile.ZipInfo | tarfile.TarInfo
+    ) -> None:
         self.archive, self.info = archive, info
 
     def __call__(self) -> IO[bytes]:
@@ -120,11 +129,17 @@ def _members(path: Path) -> Iterator[list[tuple[str, int, _Member]]]:
             for info in infos:
                 if stat.S_ISLNK(info.external_attr >> 16):
                     raise RunError(f"{path}: {info.filename!r} is a link; expected files and folders only")
-            yield [(info.filename, info.file_size, _Member(archive, info)) for info in infos]
+            # Some Windows programs write backslashes between folders, against the format.
+            yield [(i.filename.replace("\\", "/"), i.file_size, _Member(archive, i)) for i in infos]
     else:
         with tarfile.open(path) as tar:
             files = [info for info in tar.getmembers() if not info.isdir()]
             for file in files:
                 if not file.isreg():
-                    raise RunError(f"{path}: {file.name!r} is a link or device; expected files and folders only")
+                    raise RunError(
+                        f"{path}: {file.name!r} is a link or device; expected files and folders only"
+                    )
             yield [(file.name, file.size, _Member(tar, file)) for file in files]
+            # Gzip's checksum comes behind the last byte that tar itself reads.
+            while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+                pass

@@ -1,7 +1,8 @@
 """Augmentation: one training image in, a varied one out, decided by (seed, epoch, image index) alone.
 
-Every random draw comes from a generator made for the one image, never from torch's global one: so the result cannot
-depend on workers, processes, resuming or batch size, and costs 7 µs where reseeding torch costs more than the crop.
+Every random draw comes from a generator made for the one image, never from torch's global one: so the result
+cannot depend on workers, processes, resuming or batch size, and costs 7 µs where reseeding torch costs more
+than the crop.
 """
 
 from __future__ import annotations
@@ -45,7 +46,13 @@ class Augmentation:
         interpolation: InterpolationMode,
         resize: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        self.config, self.size, self.fill, self.interpolation, self.resize = config, size, fill, interpolation, resize
+        self.config, self.size, self.fill, self.interpolation, self.resize = (
+            config,
+            size,
+            fill,
+            interpolation,
+            resize,
+        )
 
     def __call__(self, image: torch.Tensor, generator: Random) -> torch.Tensor:
         """A varied image: uint8 `(3, height, width)` of any size → uint8 `(3, *size)`."""
@@ -53,9 +60,18 @@ class Augmentation:
         if config.crop_scale is None:
             image = self.resize(image)
         else:
-            top, left, height, width = draw_crop(image.shape[-2:], config.crop_scale, config.crop_ratio, generator)
+            top, left, height, width = draw_crop(
+                image.shape[-2:], config.crop_scale, config.crop_ratio, generator
+            )
             image = F.resized_crop(
-                image, top, left, height, width, list(self.size), interpolation=self.interpolation, antialias=True
+                image,
+                top,
+                left,
+                height,
+                width,
+                list(self.size),
+                interpolation=self.interpolation,
+                antialias=True,
             )  # (3, H, W)
         if generator.random() < config.horizontal_flip:
             image = F.horizontal_flip(image)
@@ -73,7 +89,11 @@ class Augmentation:
         return image
 
     def _operate(
-        self, image: torch.Tensor, space: dict[str, tuple[Sequence[float], bool]], bin_: int, generator: Random
+        self,
+        image: torch.Tensor,
+        space: dict[str, tuple[Sequence[float], bool]],
+        bin_: int,
+        generator: Random,
     ) -> torch.Tensor:
         name = generator.choice(list(space))
         strengths, signed = space[name]
@@ -141,7 +161,9 @@ def trivialaugment_space() -> dict[str, tuple[Sequence[float], bool]]:
 
 
 def randaugment_space(size: tuple[int, int]) -> dict[str, tuple[Sequence[float], bool]]:
-    """Strengths by operation, and whether each is also used negated (Cubuk et al., 2019, torchvision's ranges).
+    """Strengths by operation, and whether each is also used negated (Cubuk et al., 2019).
+
+    The ranges are torchvision's.
 
     Args:
         size: the image's height and width in pixels; translations are shares of it.
@@ -167,19 +189,21 @@ Operation = Callable[[torch.Tensor, float, list[float]], torch.Tensor]
 def _shear(image: torch.Tensor, strength: float, fill: list[float], axis: int) -> torch.Tensor:
     angles = [0.0, 0.0]
     angles[axis] = math.degrees(math.atan(strength))
-    return F.affine(
+    sheared: torch.Tensor = F.affine(
         image, angle=0.0, translate=[0, 0], scale=1.0, shear=angles, fill=fill, center=[0, 0],
         interpolation=InterpolationMode.NEAREST,
     )  # fmt: skip
+    return sheared
 
 
 def _translate(image: torch.Tensor, strength: float, fill: list[float], axis: int) -> torch.Tensor:
     offset = [0, 0]
     offset[axis] = int(strength)
-    return F.affine(
+    moved: torch.Tensor = F.affine(
         image, angle=0.0, translate=offset, scale=1.0, shear=[0.0, 0.0], fill=fill,
         interpolation=InterpolationMode.NEAREST,
     )  # fmt: skip
+    return moved
 
 
 OPERATIONS: dict[str, Operation] = {

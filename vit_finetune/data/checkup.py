@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -14,8 +18,9 @@ import pyarrow.parquet
 
 from vit_finetune.console import progress
 from vit_finetune.data.archives import cache_dir
+from vit_finetune.data.folders import ALL
 from vit_finetune.data.images import UnreadableImage, decode_image
-from vit_finetune.data.sources import Source, column_values
+from vit_finetune.data.sources import Source, column_values, missing_classes
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError, written_whole
 
@@ -40,39 +45,48 @@ class _Reading:
 
 
 def leave_out_unreadable(source: Source, config: DataConfig) -> tuple[Source, list[Finding]]:
-    """The source without images that cannot be decoded, with a column `digest` (content hash), and the findings.
+    """The source without images that cannot be decoded, with a column `digest` (content hash), and findings.
 
-    Every image is read and decoded once, in parallel. What was found is remembered by path, size and modification
-    time (by content for images that are no files), so that the next pass only looks at what changed.
+    Every image is read and decoded once, in parallel. What was found is remembered by path, size and
+    modification time (by content for images that are no files), so that the next pass only looks at what
+    changed.
 
     Raises:
-        RunError: images are unreadable and `data.on_unreadable` is `stop`; the message lists them all.
+        RunError: images are unreadable and `data.on_unreadable` is `stop`, the message lists them all; or a
+            split has no others.
     """
     readings = _read_all(source, config)
     findings = [
-        Finding(name, reading.problem)
+        # Rows of the Hub are counted in each split from 0.
+        Finding(f"{split} {name}" if source.kind == "hub" else name, reading.problem)
         for split, rows in readings.items()
         for name, reading in zip(column_values(source.splits[split], "id"), rows)
         if reading.problem
     ]
     if findings and config.on_unreadable == "stop":
         lines = "\n".join(f"  {finding.id}: {finding.problem}" for finding in findings)
+        total = sum(map(len, readings.values()))
         raise RunError(
-            f"{config.path}: {len(findings):,} of {sum(map(len, readings.values())):,} images cannot be read:\n{lines}\n"
-            f"Repair or remove them, or leave them out with data.on_unreadable=skip"
+            f"{config.path}: {len(findings):,} of {total:,} images cannot be read:\n"
+            f"{lines}\nRepair or remove them, or leave them out with data.on_unreadable=skip"
         )
     splits = {}
     for split, rows in readings.items():
-        dataset = source.splits[split].add_column("digest", [reading.digest for reading in rows])
         good = [number for number, reading in enumerate(rows) if not reading.problem]
+        if not good:
+            where = config.path if split == ALL else f"{config.path}: {split}"
+            raise RunError(f"{where}: not one image can be read; the first is {rows[0].problem}")
+        dataset = source.splits[split].add_column("digest", [reading.digest for reading in rows])
         splits[split] = dataset if len(good) == len(rows) else dataset.select(good)
-    if not any(map(len, splits.values())):
-        raise RunError(f"{config.path}: not one image can be read; first: {findings[0].id}: {findings[0].problem}")
-    return Source(source.kind, splits, source.labels, source.notices), findings
+    notices = source.notices + [
+        notice for notice in missing_classes(splits, source.labels) if notice not in source.notices
+    ]
+    return Source(source.kind, splits, source.labels, notices), findings
 
 
 def _read_all(source: Source, config: DataConfig) -> dict[str, list[_Reading]]:
-    memory = _Memory(cache_dir() / "readings" / f"{_hash(os.path.abspath(config.path).encode())}.parquet")
+    place = _hash(str(Path(config.path).absolute()).encode())
+    memory = _Memory(cache_dir() / "readings" / f"{place}.parquet")
     total = sum(map(len, source.splits.values()))
     readings: dict[str, list[_Reading]] = {}
     with (
@@ -82,35 +96,50 @@ def _read_all(source: Source, config: DataConfig) -> dict[str, list[_Reading]]:
         for split, dataset in source.splits.items():
             images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
             readings[split] = []
-            chunks = (images[start : start + CHUNK]["image"] for start in range(0, len(images), CHUNK))
-            for rows in threads.map(lambda chunk: [_read(image, memory) for image in chunk], chunks):
+            for rows in _in_parallel(threads, images, memory):
                 readings[split] += rows
                 advance(len(rows))
     memory.save()
     return readings
 
 
-def _read(image: dict[str, str | bytes | None], memory: _Memory) -> _Reading:
+def _in_parallel(
+    threads: ThreadPoolExecutor, images: datasets.Dataset, memory: _Memory
+) -> Iterator[list[_Reading]]:
+    """Readings in order, chunk by chunk.
+
+    Few chunks are under way at a time: `ThreadPoolExecutor.map` would take all images' bytes into memory at
+    once, and Ctrl-C would wait for all of them.
+    """
+    waiting: deque[Future[list[_Reading]]] = deque()
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]["image"]
+        waiting.append(threads.submit(lambda chunk: [_read(image, memory) for image in chunk], chunk))
+        if len(waiting) > 2 * (os.cpu_count() or 1):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _read(image: dict[str, Any] | None, memory: _Memory) -> _Reading:
     """Reads one image, or remembers having read it. Called from several threads."""
-    data, path = image["bytes"], image["path"]
-    if data is not None:
-        assert isinstance(data, bytes)
-        key = digest = _hash(data)
-    else:
-        try:
-            facts = os.stat(str(path))
-        except OSError as error:
-            return _Reading("", f"cannot be opened: {error.strerror}")
-        key, digest = f"{path}|{facts.st_size}|{facts.st_mtime_ns}", ""
-    if key in memory.readings:
-        return memory.remember(key, memory.readings[key])
-    if not digest:
-        try:
-            data = Path(str(path)).read_bytes()
-        except OSError as error:
-            return _Reading("", f"cannot be opened: {error.strerror}")
-        digest = _hash(data)
-    assert isinstance(data, bytes)
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        return _Reading("", "the row holds no image")
+    data: bytes | None = image["bytes"]
+    try:
+        if data is not None:
+            key = digest = _hash(data)
+        else:
+            path = Path(image["path"])
+            facts = path.stat()
+            key, digest = f"{path}|{facts.st_size}|{facts.st_mtime_ns}", ""
+        if key in memory.readings:
+            return memory.remember(key, memory.readings[key])
+        if data is None:
+            data = path.read_bytes()
+            digest = _hash(data)
+    except OSError as error:
+        return _Reading("", f"cannot be opened: {error.strerror}")
     try:
         decode_image(data)
         problem = ""
@@ -155,5 +184,6 @@ class _Memory:
                 "problem": [reading.problem for reading in self.used.values()],
             }
         )
-        with written_whole(self.path) as temporary:
+        # A cache that cannot be written only costs the time to read again.
+        with suppress(OSError), written_whole(self.path) as temporary:
             pyarrow.parquet.write_table(table, temporary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -61,11 +61,16 @@ def walk_files(root: Path) -> list[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        # In order, so that which of two links to one folder counts does not depend on the file system.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         prefix = folder[cut:].replace(os.sep, "/")
         prefix = f"{prefix}/" if prefix else ""
         found += [prefix + name for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+Entry = tuple[str, list[str]]
+"""An image's id, and the folders above it, below the layout's top."""
 
 
 def list_folder(root: Path, files: Iterable[str], class_folder: Literal["first", "last"] | None) -> Listing:
@@ -77,84 +82,114 @@ def list_folder(root: Path, files: Iterable[str], class_folder: Literal["first",
         class_folder: the folder that names the class where folders are nested; found out if None.
 
     Raises:
-        RunError: no images, or a layout that can be read in two ways.
+        RunError: no images, no class folders, or a layout that can be read in two ways.
     """
-    files = list(files)
-    images = [name for name in files if is_image_name(name)]
+    images: list[str] = []
+    others: list[str] = []
+    for name in files:
+        (images if is_image_name(name) else others).append(name)
     if not images:
         raise RunError(
-            f"{root}: found no images ({len(files)} other files). Expected class folders with .jpg, .png, .webp… "
-            f"files in them, or train/ and test/ above such folders"
+            f"{root}: found no images ({len(others)} other files). Expected class folders with .jpg, .png, "
+            f".webp… files in them, or train/ and test/ above such folders"
         )
-    notices = _ignored(f for f in files if not is_image_name(f))
-    # A path is split once here: (id, folders above the file below the layout's top).
-    entries = _without_wrappers([(name, name.split("/")[:-1]) for name in images])
-    tops = {folders[0] for _, folders in entries if folders}
-    loose = [name for name, folders in entries if not folders]
-    split_tops = {top for top in tops if top.lower() in SPLIT_NAMES}
-    if tops and tops == split_tops:
-        by_split = _by_split(root, entries)
-    else:
-        nested = {folders[0] for _, folders in entries if len(folders) > 1}
-        if any(SPLIT_NAMES[top.lower()] == "train" for top in split_tops & nested):
-            raise RunError(
-                f"{root}: found {_names(split_tops)} beside {_names(tops - split_tops)}. Expected either splits only "
-                f"(train/, validation/, test/) or class folders only; move the others elsewhere"
-            )
-        by_split = {ALL: [entry for entry in entries if entry[1]]}
-    if loose:
-        if len(loose) == len(entries):
-            raise RunError(
-                f"{root}: found {len(loose)} images but no class folders. Expected one folder per class, or a "
-                f"metadata.csv with the columns file_name and label"
-            )
-        notices.append(f"{_count(len(loose), 'image')} outside the class folders left out: {_some(loose)}")
-    if "test" in by_split and not any(folders for _, folders in by_split["test"]):
-        count = len(by_split.pop("test"))
-        notices.append(f"the test folder has no class folders: its {_count(count, 'image')} left out")
-    labelled: dict[str, list[tuple[str, list[str]]]] = {}
-    for split, split_entries in by_split.items():
-        labelled[split] = [entry for entry in split_entries if entry[1]]
-        unlabelled = [name for name, folders in split_entries if not folders]
-        if unlabelled:
-            notices.append(f"{_count(len(unlabelled), 'image')} in no class folder left out: {_some(unlabelled)}")
-    label_of, notice = _label_rule(root, [f for entries in labelled.values() for _, f in entries], class_folder)
-    if notice:
-        notices.append(notice)
+    notices = _ignored(others)
+    entries = [(name, name.split("/")[:-1]) for name in images]
+    by_split = _by_split(root, _without_wrappers(entries), notices)
+    labelled = _labelled(root, by_split, notices)
+    label_of, notice = _label_rule(root, [f for rows in labelled.values() for _, f in rows], class_folder)
+    notices += [notice] if notice else []
     return Listing(
-        {split: [(name, label_of(folders)) for name, folders in rows] for split, rows in labelled.items() if rows},
+        {split: [(name, label_of(f)) for name, f in rows] for split, rows in labelled.items() if rows},
         notices,
     )
 
 
-def _ignored(files: Iterable[str]) -> list[str]:
-    others = [name for name in files if Path(name).name not in ("Thumbs.db", "desktop.ini")]
-    return [f"{_count(len(others), 'file')} that are not images left out: {_some(others)}"] if others else []
+def _labelled(root: Path, by_split: dict[str, list[Entry]], notices: list[str]) -> dict[str, list[Entry]]:
+    """The entries below class folders; a test folder may be without any, as those of competitions are."""
+    labelled: dict[str, list[Entry]] = {}
+    for split, entries in by_split.items():
+        labelled[split] = [entry for entry in entries if entry[1]]
+        loose = [name for name, folders in entries if not folders]
+        if labelled[split] and loose:
+            images = count_of(len(loose), "image")
+            notices.append(f"{images} outside the class folders left out: {first_of(loose)}")
+        elif loose and split == "test" and len(by_split) > 1:
+            images = count_of(len(loose), "image")
+            notices.append(f"the test folder has no class folders: its {images} left out")
+        elif loose:
+            where = str(root) if split == ALL else f"{root}: the {split} folder"
+            raise RunError(
+                f"{where}: found {count_of(len(loose), 'image')} but no class folders. Expected one folder "
+                f"per class, or a metadata.csv with the columns file_name and label"
+            )
+    return labelled
 
 
-def _without_wrappers(entries: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-    """The entries below folders that only wrap everything else, such as the one at the top of most archives."""
+def _ignored(others: Iterable[str]) -> list[str]:
+    others = [name for name in others if name.rpartition("/")[2] not in ("Thumbs.db", "desktop.ini")]
+    are = "is no image" if len(others) == 1 else "are no images"
+    return [f"{count_of(len(others), 'file')} that {are} left out: {first_of(others)}"] if others else []
+
+
+def _without_wrappers(entries: list[Entry], classes: Iterable[str] = ()) -> list[Entry]:
+    """The entries below folders that only wrap all others, such as the one at the top of most archives.
+
+    A few images beside the class folders do not keep a folder from being a wrapper: all that it could be
+    otherwise is the only class.
+
+    Args:
+        entries: the images.
+        classes: folders that are known to wrap nothing.
+    """
     while True:
         tops = {folders[0] if folders else "" for _, folders in entries}
         (top,) = tops if len(tops) == 1 else ("",)
-        if not top or top.lower() in SPLIT_NAMES or any(len(folders) < 2 for _, folders in entries):
+        if not top or top.lower() in SPLIT_NAMES or top in classes:
+            return entries
+        inside = Counter(folders[1] for _, folders in entries if len(folders) > 1)
+        loose = len(entries) - inside.total()
+        if not inside or (loose and (len(inside) < 2 or 2 * loose > len(entries))):
             return entries
         entries = [(name, folders[1:]) for name, folders in entries]
 
 
-def _by_split(root: Path, entries: list[tuple[str, list[str]]]) -> dict[str, list[tuple[str, list[str]]]]:
-    """Entries by split, with the split's folder (and wrappers inside it) taken off."""
-    folders_of: dict[str, set[str]] = {}
-    by_split: dict[str, list[tuple[str, list[str]]]] = {}
+def _by_split(root: Path, entries: list[Entry], notices: list[str]) -> dict[str, list[Entry]]:
+    """Entries by split, or all under ALL, with the split's folder and wrappers inside it taken off."""
+    tops = {folders[0] for _, folders in entries if folders}
+    split_tops = {top for top in tops if top.lower() in SPLIT_NAMES}
+    if tops != split_tops:
+        nested = {folders[0] for _, folders in entries if len(folders) > 1}
+        if any(SPLIT_NAMES[top.lower()] == "train" for top in split_tops & nested):
+            raise RunError(
+                f"{root}: found {_names(split_tops)} beside {_names(tops - split_tops)}. Expected either "
+                f"splits only (train/, validation/, test/) or class folders only; move the others elsewhere"
+            )
+    if not tops or tops != split_tops:
+        return {ALL: entries}
+    by_split: dict[str, list[Entry]] = {}
+    for top in sorted(tops):
+        split = SPLIT_NAMES[top.lower()]
+        if split in by_split:
+            both = [other for other in tops if SPLIT_NAMES[other.lower()] == split]
+            raise RunError(f"{root}: found {_names(both)}, which both mean {split}; expected one of them")
+        by_split[split] = []
     for name, folders in entries:
         if folders:
-            split = SPLIT_NAMES[folders[0].lower()]
-            folders_of.setdefault(split, set()).add(folders[0])
-            by_split.setdefault(split, []).append((name, folders[1:]))
-    for split, names in folders_of.items():
-        if len(names) > 1:
-            raise RunError(f"{root}: found {_names(names)}, which both mean {split}; expected one of them")
-    return {split: _without_wrappers(rows) for split, rows in by_split.items()}
+            by_split[SPLIT_NAMES[folders[0].lower()]].append((name, folders[1:]))
+    loose = [name for name, folders in entries if not folders]
+    if loose:
+        notices.append(
+            f"{count_of(len(loose), 'image')} beside the split folders left out: {first_of(loose)}"
+        )
+    return _without_split_wrappers(by_split)
+
+
+def _without_split_wrappers(by_split: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    tops = {split: {folders[0] for _, folders in rows if folders} for split, rows in by_split.items()}
+    # The only folder of a small split is a class, no wrapper, where it is one of several in another split.
+    classes = {top for names in tops.values() if len(names) > 1 for top in names}
+    return {split: _without_wrappers(rows, classes) for split, rows in by_split.items()}
 
 
 def _label_rule(
@@ -163,18 +198,22 @@ def _label_rule(
     """Which of the folders above an image names its class, and what to tell the user about it.
 
     Folders deeper than the class's are common (`cat/2021/x.jpg`), and so are folders above it
-    (`animals/cat/x.jpg`). The names decide where they can: a name found below two parents is no class of the first
-    kind. Where they cannot, it is the user who decides.
+    (`animals/cat/x.jpg`). A name below two parents may be either, a class that is spread (`farm/cat`,
+    `zoo/cat`) or what classes have in common (`cat/2021`, `dog/2021`): then it is the user who decides.
     """
     first = {folders[0] for folders in all_folders}
     last = {folders[-1] for folders in all_folders}
     if class_folder == "last":
         return (lambda folders: folders[-1]), None
-    if class_folder == "first" or any(len(folders) == 1 for folders in all_folders):
+    if class_folder == "first" or all(len(folders) == 1 for folders in all_folders):
         return (lambda folders: folders[0]), None
+    if any(len(folders) == 1 for folders in all_folders):
+        return (lambda folders: folders[0]), (
+            f"some class folders hold folders: the outermost name the classes ({_names(first)}); "
+            f"data.class_folder=last takes the innermost"
+        )
     parents = Counter(leaf for _, leaf in {(folders[0], folders[-1]) for folders in all_folders})
-    repeated = sorted((leaf for leaf, count in parents.items() if count > 1), key=natural_key)
-    if repeated:
+    if any(count > 1 for count in parents.values()):
         raise RunError(
             f"{root}: class folders are nested and can be read in two ways: by the first folder "
             f"({_names(first)}) or by the last ({_names(last)}). Write data.class_folder=first or "
@@ -186,14 +225,17 @@ def _label_rule(
     )
 
 
+def count_of(number: int, what: str) -> str:
+    """A number with its noun: 1 image, 2,000 images."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """The first few names of many."""
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
 def _names(names: Iterable[str]) -> str:
     ordered = sorted(names, key=natural_key)
-    return ", ".join(f"{name}/" for name in ordered[:6]) + (f" … ({len(ordered)} in all)" if len(ordered) > 6 else "")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    more = f" … ({len(ordered)} in all)" if len(ordered) > 6 else ""
+    return ", ".join(f"{name}/" for name in ordered[:6]) + more

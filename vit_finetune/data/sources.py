@@ -1,29 +1,33 @@
-"""Folder, archive, table, Hub id or built-in name → images and labels of each split that the source itself has."""
+"""Folder, archive, table, Hub id or built-in name → images and labels of each split that the source has."""
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
 from vit_finetune.data.archives import is_archive, unpack
-from vit_finetune.data.folders import ALL, SPLIT_NAMES, Listing, list_folder, natural_key, walk_files
+from vit_finetune.data.folders import (
+    ALL,
+    SPLIT_NAMES,
+    Listing,
+    count_of,
+    first_of,
+    list_folder,
+    natural_key,
+    walk_files,
+)
+from vit_finetune.data.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column, find_tables, list_tables
+from vit_finetune.data.tables import SUFFIXES as TABLE_SUFFIXES
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
-
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-FILE_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image", "img")
-LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "fine_label")
 
 
 @dataclass
@@ -43,7 +47,8 @@ def load_source(config: DataConfig) -> Source:
     """The images of a data source, undecoded, by the splits that it has.
 
     Raises:
-        RunError: nothing there, no images, no labels, one class only, or class lists that differ between splits.
+        RunError: nothing there, no images, no labels, one class only, or class lists that differ between
+            splits.
     """
     if config.path == "digits":
         return _digits()
@@ -54,15 +59,25 @@ def load_source(config: DataConfig) -> Source:
         if is_archive(path):
             return _from_folder(unpack(path), config, "archive")
         if path.suffix.lower() in TABLE_SUFFIXES:
-            return _from_listing("table", path.parent, _list_tables(path.parent, {ALL: path}, config))
-        raise RunError(f"{path}: expected a folder, an archive (.zip, .tar…) or a table ({', '.join(TABLE_SUFFIXES)})")
-    # A Hub id has an owner; a path that does not exist should not send anybody to the network.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.path) and not config.path.startswith("."):
+            return _from_listing("table", path.parent, list_tables(path.parent, {ALL: path}, config))
+        kinds = ", ".join(TABLE_SUFFIXES)
+        raise RunError(f"{path}: expected a folder, an archive (.zip, .tar…) or a table ({kinds})")
+    if is_hub_id(config.path):
         return _from_hub(config)
     raise RunError(
-        f"{config.path}: no such folder or file. Expected a folder of images, an archive, a table, a Hub dataset id "
-        f"(owner/name) or `digits`; set data.path=…"
+        f"{config.path}: no such folder or file. Expected a folder of images, an archive, a table, a Hub "
+        f"dataset id (owner/name) or `digits`; set data.path=…"
     )
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `data.path` names a dataset of the Hub rather than something on this machine.
+
+    A Hub id has an owner; a misspelt path, archive or table should not send anybody to the network.
+    """
+    looks = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+    is_file_name = is_archive(Path(path)) or Path(path).suffix.lower() in TABLE_SUFFIXES
+    return looks and not is_file_name and not Path(path).exists()
 
 
 def with_labels(dataset: datasets.Dataset, labels: Sequence[str]) -> datasets.Dataset:
@@ -70,9 +85,11 @@ def with_labels(dataset: datasets.Dataset, labels: Sequence[str]) -> datasets.Da
     names = dataset.features["label"].names
     if list(names) == list(labels):
         return dataset
-    ids = [labels.index(names[label]) for label in column_values(dataset, "label")]
-    renumbered = dataset.remove_columns("label").add_column("label", ids)
-    return renumbered.cast_column("label", datasets.ClassLabel(names=list(labels)))
+    ids = {label: number for number, label in enumerate(labels)}
+    renumbered = [ids[names[label]] for label in column_values(dataset, "label")]
+    return dataset.remove_columns("label").add_column(
+        "label", renumbered, feature=datasets.ClassLabel(names=list(labels))
+    )
 
 
 def column_values(dataset: datasets.Dataset, column: str) -> list[Any]:
@@ -81,9 +98,16 @@ def column_values(dataset: datasets.Dataset, column: str) -> list[Any]:
     return values
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `data.path` names a dataset of the Hub rather than something on this machine."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).expanduser().exists()
+def missing_classes(splits: dict[str, datasets.Dataset], labels: list[str]) -> list[str]:
+    """A sentence for each split in which some class has no image."""
+    notices = []
+    for split, dataset in splits.items():
+        present = set(column_values(dataset, "label"))
+        absent = [label for number, label in enumerate(labels) if number not in present]
+        if absent:
+            where = "the data" if split == ALL else split
+            notices.append(f"{where} has no image of {first_of(absent, 8)}")
+    return notices
 
 
 # --------------------------------------------------------------------------- folders and tables
@@ -91,111 +115,27 @@ def is_hub_id(path: str) -> bool:
 
 def _from_folder(root: Path, config: DataConfig, kind: str) -> Source:
     files = walk_files(root)
-    tables = _metadata_tables(root, files)
+    tables = find_tables(root, files)
     if tables:
-        listing = _list_tables(root, tables, config)
-    else:
-        listing = list_folder(root, files, config.class_folder)
-    return _from_listing(kind, root, listing)
-
-
-def _metadata_tables(root: Path, files: list[str]) -> dict[str, Path]:
-    """The metadata tables of a folder by split: at its top, or one at the top of each split's folder."""
-    found: dict[str, Path] = {}
-    for name in files:
-        path = PurePosixPath(name)
-        if path.stem != "metadata" or path.suffix.lower() not in TABLE_SUFFIXES or len(path.parts) > 2:
-            continue
-        split = ALL if len(path.parts) == 1 else SPLIT_NAMES.get(path.parts[0].lower())
-        if split is None:
-            continue
-        if split in found:
-            raise RunError(f"{root}: found both {found[split].name} and {name}; expected one metadata table")
-        found[split] = root / name
-    if ALL in found and len(found) > 1:
-        raise RunError(f"{root}: found metadata tables at the top and in split folders; expected one or the other")
-    return found
-
-
-def _list_tables(root: Path, tables: dict[str, Path], config: DataConfig) -> Listing:
-    listing = Listing({})
-    for split, path in tables.items():
-        rows = _read_table(path)
-        if not rows:
-            raise RunError(f"{path}: the table has no rows")
-        columns = list(rows[0])
-        file_column = _column(path, columns, config.image_column, FILE_COLUMNS, "data.image_column")
-        label_column = _column(path, columns, config.label_column, LABEL_COLUMNS, "data.label_column")
-        prefix = path.parent.relative_to(root).as_posix()
-        missing: list[str] = []
-        for number, row in enumerate(rows):
-            name, label = row.get(file_column), row.get(label_column)
-            if isinstance(label, list | dict):
-                raise RunError(f"{path}: row {number} has several labels; expected one class per image")
-            if name is None or label is None or label == "":
-                raise RunError(f"{path}: row {number} has no {file_column if not name else label_column}")
-            identity = PurePosixPath(prefix, str(name))
-            if identity.is_absolute() or ".." in identity.parts:
-                raise RunError(f"{path}: row {number} names {name!r}, which lies outside {root}")
-            if not (root / identity).is_file():
-                missing.append(str(name))
-            row_split = SPLIT_NAMES.get(str(row.get("split", "")).lower(), split)
-            listing.splits.setdefault(row_split, []).append((str(identity), str(label)))
-        if missing:
-            raise RunError(
-                f"{path}: {len(missing):,} of {len(rows):,} files that it names are not there: "
-                f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}. Names are taken below {path.parent}"
-            )
-    if ALL in listing.splits and len(listing.splits) > 1:
-        raise RunError(f"{root}: some rows of the table name a split and some do not")
-    return listing
-
-
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    try:
-        match path.suffix.lower():
-            case ".csv":
-                with path.open(newline="", encoding="utf-8-sig") as file:
-                    return list(csv.DictReader(file))
-            case ".jsonl":
-                with path.open(encoding="utf-8") as file:
-                    return [json.loads(line) for line in file if line.strip()]
-            case _:
-                rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-                return rows
-    except (ValueError, csv.Error, pa.ArrowException) as error:
-        raise RunError(f"{path}: not a readable table: {error}") from error
-
-
-def _column(where: object, columns: Sequence[str], asked: str | None, usual: Iterable[str], key: str) -> str:
-    """The column that was asked for, or the first of the usual names that is there."""
-    if asked is not None:
-        if asked in columns:
-            return asked
-        raise RunError(f"{where}: there is no column {asked!r}; found {', '.join(columns)}. Set {key}=…")
-    by_lower = {column.lower(): column for column in columns}
-    found = next((by_lower[name] for name in usual if name in by_lower), None)
-    if found is None:
-        raise RunError(f"{where}: found the columns {', '.join(columns)}; say which one to use with {key}=…")
-    return found
+        return _from_listing(kind, root, list_tables(root, tables, config, files))
+    return _from_listing(kind, root, list_folder(root, files, config.class_folder))
 
 
 def _from_listing(kind: str, root: Path, listing: Listing) -> Source:
-    labels = _common_labels(str(root), {split: {y for _, y in rows} for split, rows in listing.splits.items()})
+    labels = _common_labels(
+        str(root), {split: {label for _, label in rows} for split, rows in listing.splits.items()}
+    )
     ids = {label: number for number, label in enumerate(labels)}
     prefix = f"{root}/"
     splits = {}
     for split, rows in listing.splits.items():
         names = [name for name, _ in rows]
-        if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in set(names[:i]))
-            raise RunError(f"{root}: {twice} is listed twice")
         images = pa.StructArray.from_arrays(
             [pa.nulls(len(names), pa.binary()), pa.array([prefix + name for name in names], pa.string())],
             names=["bytes", "path"],
         )
         splits[split] = build_dataset(names, images, [ids[label] for _, label in rows], labels)
-    return Source(kind, splits, labels, listing.notices + _missing_classes(splits, labels))
+    return Source(kind, splits, labels, listing.notices + missing_classes(splits, labels))
 
 
 def build_dataset(
@@ -230,32 +170,22 @@ def _common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
         RunError: fewer than two classes, or a class that the training images lack.
     """
     known = classes.get("train") or classes.get(ALL) or set().union(*classes.values())
-    labels = sorted(known, key=natural_key)
     for split, names in classes.items():
         unknown = sorted(names - known, key=natural_key)
         if unknown:
             absent = sorted(known - names, key=natural_key)
+            are = "is" if len(unknown) == 1 else "are"
             raise RunError(
-                f"{where}: the classes of {split} differ from those of train: {', '.join(map(repr, unknown))} "
-                f"{'is' if len(unknown) == 1 else 'are'} only in {split}"
+                f"{where}: the classes of {split} differ from those of train: "
+                f"{', '.join(map(repr, unknown))} {are} only in {split}"
                 + (f", {', '.join(map(repr, absent))} only in train" if absent else "")
                 + ". Expected the same class names in every split"
             )
-    if len(labels) < 2:
-        raise RunError(
-            f"{where}: found one class only ({', '.join(map(repr, labels))}). Expected at least two class folders"
-        )
-    return labels
-
-
-def _missing_classes(splits: dict[str, datasets.Dataset], labels: list[str]) -> list[str]:
-    notices = []
-    for split, dataset in splits.items():
-        present = set(column_values(dataset, "label"))
-        absent = [label for number, label in enumerate(labels) if number not in present]
-        if absent and split != "train":
-            notices.append(f"{split} has no image of {', '.join(absent[:8])}{' …' if len(absent) > 8 else ''}")
-    return notices
+    if len(known) < 2:
+        found = f" ({', '.join(map(repr, known))})" if known else ""
+        number = "one class only" if known else "no class"
+        raise RunError(f"{where}: found {number}{found}. Expected at least two classes")
+    return sorted(known, key=natural_key)
 
 
 # --------------------------------------------------------------------------- the Hub and what is built in
@@ -264,10 +194,10 @@ def _missing_classes(splits: dict[str, datasets.Dataset], labels: list[str]) -> 
 def _from_hub(config: DataConfig) -> Source:
     try:
         loaded = datasets.load_dataset(config.path, name=config.subset, revision=config.revision)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise RunError(
-            f"{config.path}: could not be loaded from the Hub ({type(error).__name__}: {error}). It is no folder or "
-            f"file on this machine either; set data.path=…"
+            f"{config.path}: could not be loaded from the Hub ({type(error).__name__}: {error}). It is no "
+            f"folder or file on this machine either; set data.path=…"
         ) from error
     return arrange_columns(loaded, config)
 
@@ -275,36 +205,96 @@ def _from_hub(config: DataConfig) -> Source:
 def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
     """A Hub dataset under our split and column names, with the row's number as its id.
 
+    Classes keep the dataset's own order where it has one, else they are sorted naturally.
+
     Raises:
-        RunError: columns or splits that cannot be told apart.
+        RunError: columns or splits that cannot be told apart, several labels per image, one class only, or
+            class lists that differ between splits.
     """
+    notices: list[str] = []
+    splits = _name_splits(loaded, config, notices)
+    features = splits.get("train", next(iter(splits.values()))).features
+    image = _typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
+    if not isinstance(features[image], datasets.Image):
+        raise RunError(f"{config.path}: the column {image} holds {features[image]}; expected images")
+    label = _typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
+    labels_of: dict[str, list[str | None]] = {}
+    classes: dict[str, set[str]] = {}
+    for split, dataset in list(splits.items()):
+        if split == "test" and label not in dataset.features:
+            labels_of[split], classes[split] = [None] * len(dataset), set()
+        else:
+            labels_of[split], classes[split] = _row_labels(f"{config.path}: {split}", dataset, image, label)
+        unlabelled = labels_of[split].count(None)
+        if unlabelled == len(dataset) and split == "test" and len(splits) > 1:
+            # Competitions publish their test images without labels, or with -1.
+            notices.append(f"test has no labels: its {count_of(unlabelled, 'image')} left out")
+            del splits[split], classes[split]
+        elif unlabelled:
+            notices.append(f"{count_of(unlabelled, 'image')} of {split} left out: they have no label")
+    labels = _common_labels(config.path, classes)
+    if isinstance(features[label], datasets.ClassLabel):
+        labels = list(features[label].names)
+    arranged = {
+        split: _arrange_rows(dataset, image, labels_of[split], labels) for split, dataset in splits.items()
+    }
+    return Source("hub", arranged, labels, notices + missing_classes(arranged, labels))
+
+
+def _name_splits(
+    loaded: datasets.DatasetDict, config: DataConfig, notices: list[str]
+) -> dict[str, datasets.Dataset]:
+    """The splits under our names; others are left out, unless there is only one."""
     splits: dict[str, datasets.Dataset] = {}
     for name, dataset in loaded.items():
-        split = SPLIT_NAMES.get(str(name).lower())
-        if split is None and len(loaded) == 1:
-            split = ALL
-        if split is not None:
+        split = SPLIT_NAMES.get(str(name).lower(), ALL if len(loaded) == 1 else None)
+        if split in splits:
+            raise RunError(f"{config.path}: found the splits {', '.join(loaded)}, two of which mean {split}")
+        if split is None:
+            notices.append(f"the split {name} left out")
+        elif not len(dataset):
+            notices.append(f"the split {name} left out: it has no images")
+        else:
             splits[split] = dataset
     if not splits:
-        raise RunError(f"{config.path}: found the splits {', '.join(loaded)}; expected train, validation or test")
-    features = next(iter(splits.values())).features
-    image = _typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
-    label = _typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
-    for split, dataset in splits.items():
-        dataset = dataset.select_columns([image, label])
-        if not isinstance(features[label], datasets.ClassLabel):
-            dataset = dataset.class_encode_column(label)
-        dataset = dataset.rename_columns({image: "image", label: "label"})
-        splits[split] = dataset.add_column("id", [str(number) for number in range(len(dataset))])
-    labels = list(next(iter(splits.values())).features["label"].names)
-    for split, dataset in splits.items():
-        if list(dataset.features["label"].names) != labels:
-            raise RunError(f"{config.path}: the classes of {split} differ from those of the other splits")
-    if len(labels) < 2:
-        raise RunError(f"{config.path}: found one class only ({labels}); expected at least two")
-    left_out = [str(name) for name in loaded if SPLIT_NAMES.get(str(name).lower()) is None and ALL not in splits]
-    notices = [f"splits left out: {', '.join(left_out)}"] if left_out else []
-    return Source("hub", splits, labels, notices + _missing_classes(splits, labels))
+        raise RunError(
+            f"{config.path}: found the splits {', '.join(loaded)}; expected train, validation or test with "
+            f"images in them"
+        )
+    return splits
+
+
+def _row_labels(
+    where: str, dataset: datasets.Dataset, image: str, label: str
+) -> tuple[list[str | None], set[str]]:
+    """The class name of each row, None where there is none, and the names of all classes."""
+    absent = [column for column in (image, label) if column not in dataset.features]
+    if absent:
+        raise RunError(f"{where} has no column {absent[0]}; found {', '.join(dataset.features)}")
+    feature, values = dataset.features[label], column_values(dataset, label)
+    if isinstance(feature, datasets.ClassLabel):
+        names = [None if value is None or value < 0 else feature.names[value] for value in values]
+        return names, set(feature.names)
+    if any(isinstance(value, list | dict) for value in values):
+        raise RunError(f"{where}: {label} holds several labels per image; expected one class")
+    names = [None if value is None or value == "" else str(value) for value in values]
+    return names, {name for name in names if name is not None}
+
+
+def _arrange_rows(
+    dataset: datasets.Dataset, image: str, names: Sequence[str | None], labels: Sequence[str]
+) -> datasets.Dataset:
+    ids = {label: number for number, label in enumerate(labels)}
+    images = dataset.select_columns([image])
+    if image != "image":
+        images = images.rename_column(image, "image")
+    arranged = images.add_column(
+        "label",
+        [-1 if name is None else ids[name] for name in names],
+        feature=datasets.ClassLabel(names=list(labels)),
+    ).add_column("id", [str(number) for number in range(len(names))])
+    labelled = [number for number, name in enumerate(names) if name is not None]
+    return arranged if len(labelled) == len(names) else arranged.select(labelled)
 
 
 def _typed_column(config: DataConfig, features: Any, asked: str | None, kind: type, key: str) -> str:
@@ -313,7 +303,7 @@ def _typed_column(config: DataConfig, features: Any, asked: str | None, kind: ty
         if len(typed) == 1:
             return str(typed[0])
     usual = FILE_COLUMNS if kind is datasets.Image else LABEL_COLUMNS
-    return _column(config.path, list(features), asked, usual, key)
+    return find_column(config.path, list(features), asked, usual, key)
 
 
 def _digits() -> Source:

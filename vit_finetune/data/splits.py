@@ -1,4 +1,4 @@
-"""Train, validation and test: the source's own where it has them, carved from its training images where not."""
+"""Train, validation and test: the source's own where it has them, else carved from its training images."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def prepare_splits(config: DataConfig) -> PreparedData:
 
 
 def carve(source: Source, config: DataConfig) -> datasets.DatasetDict:
-    """Train, validation and, unless `test_fraction` is 0, test: stratified by class and decided by the seed alone.
+    """Train, validation and, unless `test_fraction` is 0, test: stratified by class, by the seed alone.
 
     Every class gives each carved split its share, rounded, and at least one image.
 
@@ -79,7 +79,8 @@ def carve(source: Source, config: DataConfig) -> datasets.DatasetDict:
         raise RunError(f"{config.path}: found {', '.join(splits)} only; expected training images, too")
     if "validation" not in splits and config.validation_fraction == 0:
         raise RunError(
-            "there are no validation images to choose the best checkpoint by: set data.validation_fraction above 0"
+            "there are no validation images to choose the best checkpoint by: set data.validation_fraction "
+            "above 0"
         )
     shares = {
         split: share
@@ -103,20 +104,22 @@ def _carve_rows(
     too_few = []
     for label, name in enumerate(source.labels):
         rows = np.flatnonzero(labels == label)
-        if 0 < len(rows) <= len(shares):
-            too_few.append(f"{name} ({len(rows)})")
+        if len(rows) <= len(shares):
+            if len(rows):
+                too_few.append(f"{name} ({len(rows)})")
             continue
         rows = np.random.default_rng([config.split_seed, label]).permutation(rows)
         start = 0
-        for split, share in shares.items():
-            count = max(1, round(len(rows) * share))
+        for waiting, (split, share) in zip(range(len(shares), 0, -1), shares.items()):
+            # At least one image stays for each split that is still to come, and for train.
+            count = min(max(1, round(len(rows) * share)), len(rows) - start - waiting)
             parts[split].append(rows[start : start + count])
             start += count
         parts["train"].append(rows[start:])
     if too_few:
         raise RunError(
-            f"{config.path}: {len(too_few)} of {len(source.labels)} classes have too few images to be split into "
-            f"train, {' and '.join(shares)}: {', '.join(too_few[:10])}{' …' if len(too_few) > 10 else ''}. Add images, "
+            f"{config.path}: {len(too_few)} of {len(source.labels)} classes have too few images to be split "
+            f"into train, {' and '.join(shares)}: {', '.join(too_few)}. Add images, "
             f"remove the class, or carve less (data.test_fraction=0)"
         )
     return {split: np.sort(np.concatenate(rows)) for split, rows in parts.items()}

@@ -1,6 +1,6 @@
 """Image files → `pixel_values`: what training and evaluation read, batch by batch.
 
-Images travel as uint8 until they are on the device; there the image processor's own arithmetic normalises them.
+Images travel as uint8 until they are on the device; there the image processor's arithmetic normalises them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from vit_finetune.data.sources import column_values
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError
 
+IN_MEMORY_BYTES = 256_000_000
+"""Up to this size, paths or encoded images of a split are kept in a list."""
+
 
 class TrainingIndex(NamedTuple):
     """Which image to read, and in which epoch: its augmentation depends on both."""
 
     epoch: int
-    index: int
+    row: int
 
 
 class ImageFiles(Dataset[torch.Tensor]):
@@ -41,17 +44,15 @@ class ImageFiles(Dataset[torch.Tensor]):
 
     def __init__(self, split: datasets.Dataset) -> None:
         self.images = split.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-        stored = column_values(self.images, "image") if split.data.nbytes < 64e6 else None
-        # Rows of a dataset cost 0.1 ms each; plain paths cost nothing.
-        self.paths = [row["path"] for row in stored] if stored and not any(r["bytes"] for r in stored) else None
+        # A row of a dataset costs 0.1 ms, one of a list nothing; what is large stays where it is.
+        small = split.data.nbytes < IN_MEMORY_BYTES
+        self.rows = column_values(self.images, "image") if small else None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self.paths is not None:
-            return decode_image(Path(self.paths[index]).read_bytes())
-        row = self.images[index]["image"]
+        row = self.rows[index] if self.rows is not None else self.images[index]["image"]
         return decode_image(row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes())
 
 
@@ -89,14 +90,20 @@ class TrainingImages(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, split: datasets.Dataset, image_processor: BaseImageProcessor, config: AugmentationConfig, seed: int
+        self,
+        split: datasets.Dataset,
+        image_processor: BaseImageProcessor,
+        config: AugmentationConfig,
+        seed: int,
     ) -> None:
         self.files, self.labels, self.seed = ImageFiles(split), column_values(split, "label"), seed
         self.augment = Augmentation(
             config,
             size=output_size(image_processor),
             fill=[round(255 * mean) for mean in image_processor.image_mean],
-            interpolation=pil_torch_interpolation_mapping.get(image_processor.resample, InterpolationMode.BILINEAR),
+            interpolation=pil_torch_interpolation_mapping.get(
+                image_processor.resample, InterpolationMode.BILINEAR
+            ),
             resize=partial(resize, image_processor=image_processor),
         )
 
@@ -146,8 +153,8 @@ def check_image_processor(image_processor: Any) -> None:
     """
     if not isinstance(image_processor, TorchvisionBackend):
         raise RunError(
-            f"the checkpoint's image processor is {type(image_processor).__name__}, which does not work on tensors; "
-            f"expected one of transformers' torchvision processors, such as ViTImageProcessor"
+            f"the checkpoint's image processor is {type(image_processor).__name__}, which does not work on "
+            f"tensors; expected one of transformers' torchvision processors, such as ViTImageProcessor"
         )
 
 
@@ -158,13 +165,15 @@ def output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
 
 
 def resize(image: torch.Tensor, image_processor: BaseImageProcessor) -> torch.Tensor:
-    """The image at the model's size, by its image processor: uint8 `(3, height, width)` → uint8 `(3, *size)`."""
-    processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    """The image at the model's size, by its processor: uint8 `(3, height, width)` → uint8 `(3, *size)`."""
+    processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")[
+        "pixel_values"
+    ]
     return processed[0]  # type: ignore[no-any-return]
 
 
 def normalize(pixel_values: torch.Tensor, image_processor: BaseImageProcessor) -> torch.Tensor:
-    """A batch as the model expects it: uint8 `(batch, 3, height, width)` → float32, by the processor's arithmetic.
+    """A batch as the model expects it: uint8 `(batch, 3, height, width)` → float32, by its processor.
 
     On the CPU this gives the processor's own values bit for bit.
     """

@@ -1,4 +1,4 @@
-"""Classification metrics over scikit-learn, also as `evaluate.Metric` modules that nothing has to be fetched for."""
+"""Classification metrics over scikit-learn, also as `evaluate.Metric` modules that need no download."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def class_scores(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
 # --------------------------------------------------------------------------- evaluate's modules
 
 
-class _LabelMetric(evaluate.Metric):  # type: ignore[misc]
+class _LabelMetric(evaluate.Metric):
     """A metric of predicted and true class ids."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -47,7 +47,8 @@ def predict(target: str | Path, images: Sequence[str | Path], top: int = 5) -> l
         top: how many classes for each.
 
     Returns:
-        For each image `path`, and `predictions`: `label` and `probability` in [0, 1], the most probable first.
+        For each image `path`, and `predictions`: `label` and `probability` in [0, 1], the most probable
+        first.
 
     Raises:
         RunError: no model there, or an image that is missing or cannot be read.
@@ -65,7 +66,7 @@ def predict(target: str | Path, images: Sequence[str | Path], top: int = 5) -> l
             raise RunError(f"{image}: no such file or folder")
     run = Run(target)
     model, image_processor = load_checkpoint(str(run.model if run.exists() else target))
-    model = model.to(best_device())  # type: ignore[arg-type]
+    model = model.to(best_device())
     files = _Files(paths, image_processor)
     rows = torch.from_numpy(predict_probabilities(model, image_processor, files, 32, "predicting"))
     values, classes = rows.topk(min(top, rows.shape[1]), dim=1)  # (images, top)

@@ -75,7 +75,7 @@ def score(
     name: str,
     config: EvaluationConfig,
 ) -> Scores:
-    """The report of a model on a split, each image counted once, whatever the batch size and number of processes.
+    """The report of a model on a split: each image counts once, at any batch size and number of processes.
 
     Computed in float32, as a pipeline does: these are the probabilities that serving gives.
 
@@ -165,7 +165,7 @@ def build_report(
     wrong = np.flatnonzero(predicted != labels)
     sureness = probabilities[wrong, predicted[wrong]]
     # By id where equally sure, so that the order of the images does not show.
-    worst = sorted(zip(-sureness, (ids[row] for row in wrong), wrong))[:num_mistakes]
+    worst = sorted(zip(-sureness, (ids[row] for row in wrong.tolist()), wrong))[:num_mistakes]
     return Report(
         split=split,
         num_images=len(labels),
@@ -237,7 +237,7 @@ def evaluate(
     else:
         own = None
         model, image_processor = load_checkpoint(str(target))
-    model = model.to(best_device())  # type: ignore[arg-type]
+    model = model.to(best_device())
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
     if data is None:
         if own is None:

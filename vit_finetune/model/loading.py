@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,21 +14,25 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     BaseImageProcessor,
-    BitImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    ViTImageProcessor,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging
 
+from vit_finetune.model.processing import (
+    build_processor,
+    compact_size,
+    processor_size,
+    read_processor,
+    side_lengths,
+)
 from vit_finetune.recipe import ModelConfig
 from vit_finetune.run import RunError
 
 HEADS = re.compile(r"(^|\.)(classifier|cls_classifier|distillation_classifier|head|fc|pooler)\.")
-"""Weights that a checkpoint may have and the new model not: its old head, and the pooler that classifiers lack."""
+"""Weights that only a checkpoint may have: its old head, and the pooler that classifiers lack."""
 
 
 def load_model(
@@ -38,8 +41,8 @@ def load_model(
     """A classifier of these classes, in float32, and the image processor that goes with it.
 
     A pretrained model gets a new head (drawn from torch's global generator) unless its own has exactly these
-    classes in this order. Another `image_size` interpolates the position embeddings here, once: the saved model needs
-    no flag.
+    classes in this order. Another `image_size` interpolates the position embeddings here, once: the saved
+    model needs no flag.
 
     Args:
         config: the recipe's section.
@@ -47,13 +50,13 @@ def load_model(
         attn_implementation: transformers' name of the attention kernel; its own choice if None.
 
     Raises:
-        RunError: no such checkpoint, no safetensors weights, weights that do not fit, an unknown key of `config`,
-            or an image size that the patches do not divide.
+        RunError: no such checkpoint, no safetensors weights, weights that do not fit, an unknown
+            key of `config`, or an image size that the patches do not divide.
     """
     if config.config is not None:
         model_config = _build_config(config, labels)
         model = _class_of(model_config)._from_config(model_config, attn_implementation=attn_implementation)
-        return model, _build_processor(config, _side_lengths(model_config.image_size), None)
+        return model, build_processor(config, side_lengths(model_config.image_size), None)
     assert config.path is not None
     with _quiet():
         pretrained = _read_config(config.path, config.revision)
@@ -65,13 +68,13 @@ def load_model(
             _class_of(pretrained), config.path, config.revision, target, attn_implementation
         )
         _check_fit(config.path, model, info, head_may_be_new=not own_head)
-        processor = _read_processor(config.path, config.revision)
-    old_size = _side_lengths(getattr(pretrained, "image_size", None) or _processor_size(processor))
-    new_size = _side_lengths(config.image_size) if config.image_size else old_size
+        processor = read_processor(config.path, config.revision)
+    old_size = side_lengths(getattr(pretrained, "image_size", None) or processor_size(processor))
+    new_size = side_lengths(config.image_size) if config.image_size else old_size
     check_divides(pretrained, new_size)
     if new_size != old_size:
         model = _at_size(model, old_size, new_size)
-    return model, _build_processor(config, new_size, processor)
+    return model, build_processor(config, new_size, processor)
 
 
 def load_checkpoint(path: str, revision: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -82,21 +85,22 @@ def load_checkpoint(path: str, revision: str | None = None) -> tuple[PreTrainedM
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        RunError: not a model folder, no safetensors weights, or weights that are not the model's, each and only.
+        RunError: not a model folder, no safetensors weights, or weights that are not exactly the
+            model's.
     """
     with _quiet():
         config = _read_config(path, revision)
         _check_weights(path)
         model, info = _from_pretrained(_class_of(config), path, revision, config, None)
         _check_fit(path, model, info, head_may_be_new=False)
-        return model.eval(), _read_processor(path, revision)
+        return model.eval(), read_processor(path, revision)
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Puts a checkpoint's weights into a live model: every tensor, and nothing else.
 
-    The Trainer's own way ignores tensors whose names changed between live module and file, which for ViT is nearly
-    all of them (transformers issue 48805); `from_pretrained` knows the conversion.
+    The Trainer's own way ignores tensors whose names changed between live module and file, which for ViT is
+    nearly all of them (transformers issue 48805); `from_pretrained` knows the conversion.
 
     Raises:
         RunError: a tensor is missing, left over or of another shape.
@@ -117,13 +121,14 @@ def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfi
     if config.image_size is not None:
         if values.get("image_size", config.image_size) != config.image_size:
             raise RunError("model.image_size and model.config.image_size differ; write one of them")
-        values["image_size"] = _compact(_side_lengths(config.image_size))
+        values["image_size"] = compact_size(side_lengths(config.image_size))
     try:
         default = AutoConfig.for_model(model_type)
     except ValueError:
         raise RunError(
             f"model.config.model_type: transformers knows no {model_type!r}; expected vit, deit, resnet …"
         ) from None
+    _class_of(default)
     known = {field.name for field in dataclasses.fields(default)} | {"image_size"}
     for key in values:
         if key in ("num_labels", "id2label", "label2id", "problem_type"):
@@ -140,9 +145,9 @@ def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfi
         if type(error).__name__ != "StrictDataclassFieldValidationError":
             raise
         raise RunError(f"model.config: {error.__cause__ or error}") from None
-    size = _side_lengths(getattr(built, "image_size", None) or 224)
+    size = side_lengths(getattr(built, "image_size", None) or 224)
     check_divides(built, size)
-    built.image_size = _compact(size)
+    built.image_size = compact_size(size)
     _set_labels(built, labels)
     return built
 
@@ -158,8 +163,8 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """transformers' image classifier of an architecture."""
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise RunError(
-            f"{config.model_type} models have no image classifier in transformers; expected vit, deit, dinov2, "
-            f"swin, resnet, convnext …"
+            f"{config.model_type} models have no image classifier in transformers; expected vit, deit, "
+            f"dinov2, swin, resnet, convnext …"
         )
     found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
@@ -192,8 +197,8 @@ def _check_weights(path: str) -> None:
     )
     if pickles:
         raise RunError(
-            f"{path}: the weights are pickles ({', '.join(pickles)}), which can run code when loaded: refused. "
-            f"Expected model.safetensors; convert them where you trust their origin"
+            f"{path}: the weights are pickles ({', '.join(pickles)}), which can run code when loaded: "
+            f"refused. Expected model.safetensors; convert them where you trust their origin"
         )
     raise RunError(f"{path}: there are no weights; expected model.safetensors beside config.json")
 
@@ -222,7 +227,7 @@ def _from_pretrained(
 
 
 def _check_fit(path: str, model: PreTrainedModel, info: dict[str, Any], head_may_be_new: bool) -> None:
-    """Raises RunError unless every weight outside the head came from the checkpoint, and all of it was used."""
+    """Raises RunError unless the weights outside the head are the checkpoint's, each and only."""
     base = f"{model.base_model_prefix}."
     mismatched = {item[0] if isinstance(item, tuple) else item: item for item in info["mismatched_keys"]}
 
@@ -251,42 +256,29 @@ def _check_fit(path: str, model: PreTrainedModel, info: dict[str, Any], head_may
 # --------------------------------------------------------------------------- resolution
 
 
-def _side_lengths(size: Any) -> tuple[int, int]:
-    """Height and width in pixels of a size written as one number, a pair or a mapping."""
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, dict):
-        return int(size["height"]), int(size["width"])
-    height, width = size
-    return int(height), int(width)
-
-
-def _compact(size: tuple[int, int]) -> int | list[int]:
-    return size[0] if size[0] == size[1] else list(size)
-
-
 def check_divides(config: PreTrainedConfig, size: tuple[int, int]) -> None:
-    """Raises RunError where the patches do not tile the image: transformers drops the rest of it in silence."""
+    """Raises RunError where the patches do not tile the image: transformers drops the rest in silence."""
     patch = getattr(config, "patch_size", None)
     if patch is None:
         return
-    for side, length, step in zip(("height", "width"), size, _side_lengths(patch)):
+    for side, length, step in zip(("height", "width"), size, side_lengths(patch)):
         if length % step:
             below, above = length // step * step, (length // step + 1) * step
             nearest = f"{below} or {above}" if below else str(above)
             raise RunError(
-                f"model.image_size: a {side} of {length} pixels is not a multiple of the patch size {step}; write {nearest}"
+                f"model.image_size: a {side} of {length} pixels is not a multiple of the patch size {step}; "
+                f"write {nearest}"
             )
 
 
 def _at_size(model: PreTrainedModel, old: tuple[int, int], new: tuple[int, int]) -> PreTrainedModel:
     """The same weights in a model of another image size."""
     config = copy.deepcopy(model.config)
-    config.image_size = _compact(new)
+    config.image_size = compact_size(new)
     patch = getattr(config, "patch_size", None)
     state = model.state_dict()
     if patch is not None:
-        (ph, pw) = _side_lengths(patch)
+        (ph, pw) = side_lengths(patch)
         for name in [name for name in state if name.endswith("position_embeddings")]:
             state[name] = interpolate_positions(
                 state[name], (old[0] // ph, old[1] // pw), (new[0] // ph, new[1] // pw)
@@ -297,8 +289,9 @@ def _at_size(model: PreTrainedModel, old: tuple[int, int], new: tuple[int, int])
     except RuntimeError as error:
         names = re.findall(r"size mismatch for (\S+):", str(error))
         raise RunError(
-            f"{config.model_type} models cannot change their image size here: {', '.join(names[:5]) or error} would "
-            f"not fit. Keep model.image_size at {_compact(old)}"
+            f"{config.model_type} models cannot change their image size here: "
+            f"{', '.join(names[:5]) or error} "
+            f"would not fit. Keep model.image_size at {compact_size(old)}"
         ) from None
     return resized
 
@@ -308,7 +301,8 @@ def interpolate_positions(
 ) -> torch.Tensor:
     """Position embeddings for another grid of patches; those of the class token and the like stay.
 
-    Bicubic, antialiased where the grid shrinks (as timm's `resample_abs_pos_embed`).
+    Bicubic: where the grid grows exactly as transformers' `interpolate_pos_encoding`, where it shrinks
+    antialiased (as timm's `resample_abs_pos_embed`), which that is not.
 
     Args:
         positions: `(1, prefix + old height × old width, width)`, float.
@@ -321,63 +315,17 @@ def interpolate_positions(
             f"position embeddings for {positions.shape[1]} tokens do not fit a grid of {old[0]}×{old[1]}"
         )
     grid = positions[:, prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    shrinks = new[0] < old[0] or new[1] < old[1]
     grid = torch.nn.functional.interpolate(
-        grid, size=new, mode="bicubic", align_corners=False, antialias=True
+        grid, size=new, mode="bicubic", align_corners=False, antialias=shrinks
     )
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2)  # (1, rows × columns, D)
     return torch.cat([positions[:, :prefix], grid], dim=1)
 
 
-# --------------------------------------------------------------------------- image processor
-
-
-def _read_processor(path: str, revision: str | None) -> BaseImageProcessor:
-    try:
-        return AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path}: there is no usable preprocessor_config.json, so nobody knows how the model wants its images: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-
-
-def _processor_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    edge = dict(size).get("shortest_edge")
-    return (edge, edge) if edge else _side_lengths(dict(size))
-
-
-def _build_processor(
-    config: ModelConfig, size: tuple[int, int], checkpoint: BaseImageProcessor | None
-) -> BaseImageProcessor:
-    """The stock processor that fits images to `size` the way the recipe says, or else the checkpoint's."""
-    kept = {
-        name: getattr(checkpoint, name)
-        for name in ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
-        if getattr(checkpoint, name, None) is not None
-    }
-    crop_fraction, mode = config.crop_fraction, config.resize
-    if mode is None and checkpoint is not None:
-        edge = dict(checkpoint.size).get("shortest_edge")
-        mode = "crop" if edge or getattr(checkpoint, "do_center_crop", False) else "squash"
-        if edge and getattr(checkpoint, "do_center_crop", False):
-            crop_fraction = min(1.0, max(_side_lengths(dict(checkpoint.crop_size))) / edge)
-        elif getattr(checkpoint, "crop_pct", None):
-            crop_fraction = checkpoint.crop_pct
-    height, width = size
-    if mode == "crop":
-        kept = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | kept
-        return BitImageProcessor(
-            size={"shortest_edge": round(max(size) / crop_fraction)},
-            crop_size={"height": height, "width": width},
-            **kept,
-        )
-    return ViTImageProcessor(size={"height": height, "width": width}, do_convert_rgb=True, **kept)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' load report and progress bar: `_check_fit` reads the same facts and acts on them."""
+    """Without transformers' load report and bar: `_check_fit` reads the same facts and acts on them."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -391,7 +339,7 @@ def _quiet() -> Iterator[None]:
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """Architecture, parameters, image size in pixels, and tokens per image where there are patches."""
-    size = _side_lengths(model.config.image_size) if getattr(model.config, "image_size", None) else None
+    size = side_lengths(model.config.image_size) if getattr(model.config, "image_size", None) else None
     facts: dict[str, Any] = {
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -404,12 +352,6 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     if positions is not None:
         facts["tokens"] = positions.shape[1]
     elif patch is not None and size:
-        ph, pw = _side_lengths(patch)
+        ph, pw = side_lengths(patch)
         facts["tokens"] = (size[0] // ph) * (size[1] // pw)
     return facts
-
-
-def read_labels(folder: Path) -> list[str]:
-    """Class names in id order of a saved model, from its config.json alone."""
-    labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
-    return [labels[str(number)] for number in range(len(labels))]

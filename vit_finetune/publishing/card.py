@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
     Record,
+    bin_count,
     class_rows,
     duration,
     interval,
@@ -176,6 +177,7 @@ def _dataset_name(record: Record) -> str:
 def _eval_results(record: Record, report: Report, dataset: str | None) -> list[EvalResult]:
     """The report's scores for the model-index; interval and number of images are the metrics' arguments."""
     low, high = report.accuracy_interval
+    kind_of_data = record.data.get("path") if record.data.get("source") == "built-in" else "imagefolder"
     what = "" if report.split == "test" else f" on the {report.split} split"
     scores: list[tuple[str, str, float, dict[str, Any]]] = [
         (
@@ -187,7 +189,7 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
         ("f1", f"Macro F1{what}", report.macro_f1, {"average": "macro"}),
         ("balanced_accuracy", f"Balanced accuracy{what}", report.balanced_accuracy, {}),
         ("log_loss", f"Log loss (nats){what}", report.log_loss, {}),
-        ("ece", f"Expected calibration error{what}", report.ece, {"bins": len(report.calibration)}),
+        ("ece", f"Expected calibration error{what}", report.ece, {"bins": bin_count(report)}),
     ]
     if report.top_5_accuracy is not None:
         scores.insert(1, ("top_5_accuracy", f"Top-5 accuracy{what}", report.top_5_accuracy, {"k": 5}))
@@ -195,7 +197,7 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=dataset or "imagefolder",
+            dataset_type=dataset or one_line(str(kind_of_data)),
             dataset_name=_dataset_name(record),
             dataset_config=record.setting("data", "subset") if dataset else None,
             dataset_revision=record.setting("data", "revision") if dataset else None,

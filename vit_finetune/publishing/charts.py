@@ -17,7 +17,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter, SymmetricalLogLocator
 
-from vit_finetune.publishing.record import ClassRow, one_line, percent
+from vit_finetune.publishing.record import ClassRow, bin_count, one_line, percent
 from vit_finetune.run import Report
 
 READABLE_CLASSES = 30
@@ -197,7 +197,7 @@ def draw_calibration(report: Report) -> str | None:
         upper.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
         upper.scatter(confidences, confidences, s=14, color=ORANGE, zorder=3, label="mean probability")
         upper.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 102))
-        upper.set_title(f"ECE {percent(report.ece)} over {len(report.calibration)} bins", loc="left")
+        upper.set_title(f"ECE {percent(report.ece)} over {bin_count(report)} bins", loc="left")
         figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         lower.bar(middles, [part.count for part in bins], width=widths, color=GREY)
         lower.set(xlabel="Probability of the predicted class (%)", ylabel="Images")

@@ -38,7 +38,7 @@ class Record:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the published weights where the validation split chose them; None where they are the last."""
+        """The step of the published weights where validation chose them; None where they are the last."""
         # The Trainer notes its best step also where it does not go back to it.
         chosen = self.setting("training", "load_best_model_at_end") is not False
         return (self.provenance.get("best_step") or None) if chosen else None
@@ -158,6 +158,12 @@ def mean_confidence(report: Report) -> float | None:
     """The mean top probability over the split's images; None where no bin holds an image."""
     total = sum(part.count for part in report.calibration)
     return sum(part.count * part.confidence for part in report.calibration) / total if total else None
+
+
+def bin_count(report: Report) -> int | None:
+    """How many bins of equal width the calibration is measured over; reports list those with images only."""
+    widths = [part.high - part.low for part in report.calibration]
+    return round(1 / widths[0]) if widths else None
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:

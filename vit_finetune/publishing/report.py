@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from vit_finetune.publishing import charts
 from vit_finetune.publishing.record import (
     Record,
+    bin_count,
     class_rows,
     duration,
     interval,
@@ -129,6 +130,7 @@ def _of_one_split(report: Report) -> dict[str, Any]:
         "confused": most_confused(report, 10 if len(rows) <= charts.READABLE_CLASSES else 20),
         "is_labelled": len(rows) <= charts.READABLE_CLASSES,
         "calibration": Markup(calibration) if calibration else None,
+        "bins": bin_count(report),
         "confidence": mean_confidence(report),
     }
 

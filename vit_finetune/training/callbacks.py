@@ -51,7 +51,8 @@ class ProgressDisplay(TrainerCallback):
             steps = state.global_step - self.first_step
             left = seconds / steps * (state.max_steps - state.global_step)
             say(
-                f"step {state.global_step}/{state.max_steps}  {self.status}  {rate:,.0f} images/s  {left:,.0f} s left"
+                f"step {state.global_step}/{state.max_steps}  {self.status}  {rate:,.0f} images/s  "
+                f"{left:,.0f} s left"
             )
 
     def on_log(
@@ -79,7 +80,7 @@ class ProgressDisplay(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; the second ends it at once."""
+    """The first Ctrl-C ends training after the current step, with a checkpoint; the second at once."""
 
     def __init__(self) -> None:
         self.interrupted = False

@@ -107,7 +107,7 @@ def _choose_precision(
             Choice(
                 "precision",
                 "bf16" if chosen else "fp32",
-                f"matrix products of width {width} run at {ratio:.1f} times the fp32 speed in bf16 on this CPU",
+                f"bf16 runs this model's matrix products at {ratio:.1f} times the fp32 speed on this CPU",
             ),
         )
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -122,7 +122,7 @@ def _choose_precision(
 
 
 def bf16_speedup(width: int) -> float:
-    """Speed of this CPU's bf16 matrix products by that of its fp32 ones, measured on an MLP's shape (about 50 ms)."""
+    """Speed of this CPU's bf16 matrix products by that of its fp32 ones, on an MLP's shape (about 50 ms)."""
 
     def best_seconds(dtype: torch.dtype) -> float:
         inputs, weight = torch.randn(1024, width).to(dtype), torch.randn(4 * width, width).to(dtype)
@@ -183,8 +183,8 @@ def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: boo
 def estimate_memory(model: PreTrainedModel) -> tuple[int, int]:
     """Bytes that training takes whatever the batch, and bytes for each image of a batch, in fp32 with AdamW.
 
-    The first are weights, gradients and two moments. The second are counted, not guessed: what one image's forward
-    pass keeps for the backward pass. The allocator's own share is left out.
+    The first are weights, gradients and two moments. The second are counted, not guessed: what one image's
+    forward pass keeps for the backward pass. The allocator's own share is left out.
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -218,14 +218,15 @@ def check_world(world_size: int) -> None:
     """Makes sure that the processes that were launched found each other.
 
     Raises:
-        RunError: the launcher started another number of processes than train together. Each would believe it is
-            alone: `accelerate launch --cpu`, or a backend that did not form.
+        RunError: the launcher started another number of processes than train together. Each would believe it
+            is alone: `accelerate launch --cpu`, or a backend that did not form.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != world_size:
         raise RunError(
-            f"the launcher started {launched} processes, but {world_size} train together. Expected one world of "
-            f"{launched}; on machines without an accelerator launch with `--multi_gpu` and set training.use_cpu=true"
+            f"the launcher started {launched} processes, but {world_size} train together. Expected one world "
+            f"of {launched}; on machines without an accelerator launch with `--multi_gpu` and set "
+            f"training.use_cpu=true"
         )
 
 

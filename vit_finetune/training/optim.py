@@ -17,7 +17,7 @@ UNDECAYED = (
     "position_embeddings",
     "position_bias",
 )
-"""Parts of the names of matrices that are no weights in the sense of weight decay (as timm's `no_weight_decay`)."""
+"""Parts of the names of matrices that weight decay is not meant for (as timm's `no_weight_decay`)."""
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -34,11 +34,11 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
     stacks = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
+        # The stages of CNNs are stacks, too, but each of another size.
+        if isinstance(module, nn.ModuleList) and len({_size(layer) for layer in module}) == 1
     }
-    total = sum(p.numel() for p in model.parameters())
-    encoder = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()), default=None)
-    if encoder is None or sum(p.numel() for p in stacks[encoder].parameters()) < total / 2:
+    encoder = max(stacks, key=lambda name: _size(stacks[name]), default=None)
+    if encoder is None or _size(stacks[encoder]) < _size(model) / 2:
         raise RunError(
             f"training.layer_decay needs a stack of encoder layers, which {type(model).__name__} lacks"
         )
@@ -52,13 +52,17 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
     return numbers
 
 
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def build_parameter_groups(
     model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: `params`, `lr` and `weight_decay`, one for each pair of the two.
 
-    A parameter at depth d of n + 1 learns at `learning_rate × layer_decay^(n + 1 − d)`, the head at `learning_rate`
-    (Bao et al., 2021, BEiT, appendix; He et al., 2022, MAE).
+    A parameter at depth d of n + 1 learns at `learning_rate × layer_decay^(n + 1 − d)`, the head at
+    `learning_rate` (Bao et al., 2021, BEiT, appendix; He et al., 2022, MAE).
 
     Args:
         model: of which the parameters that require a gradient are grouped.

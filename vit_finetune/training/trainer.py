@@ -21,7 +21,7 @@ from vit_finetune.training.optim import build_parameter_groups
 
 
 @dataclass
-class ViTTrainingArguments(TrainingArguments):  # type: ignore[misc]
+class ViTTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and what the Trainer lacks for Vision Transformers."""
 
     layer_decay: float = field(
@@ -68,7 +68,7 @@ def build_arguments(
         raise RunError(f"training: {error}") from error
 
 
-class ViTTrainer(Trainer):  # type: ignore[misc]
+class ViTTrainer(Trainer):
     """transformers' Trainer over `TrainingImages` and `EvaluationImages`.
 
     Args:
@@ -91,6 +91,7 @@ class ViTTrainer(Trainer):  # type: ignore[misc]
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        self.optimizer: torch.optim.Optimizer | None
         super().__init__(
             model=model,
             args=args,
@@ -124,7 +125,7 @@ class ViTTrainer(Trainer):  # type: ignore[misc]
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> torch.Tensor | None:
-        """Images in the accumulated batch, of all processes; the Trainer's own count takes soft targets for tokens."""
+        """Images in the accumulated batch of all processes; the Trainer counts soft targets as tokens."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         count = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
@@ -137,7 +138,7 @@ class ViTTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the batch, with label smoothing while training; with the outputs where they are asked for."""
+        """Cross-entropy of the batch, smoothed while training; with the outputs where they are asked for."""
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         training = model.training
         loss = cross_entropy(
@@ -155,20 +156,21 @@ class ViTTrainer(Trainer):  # type: ignore[misc]
     # -- optimizer
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer over groups that spare positions, class token, norms and biases, and know their depth."""
-        if self.optimizer is None:
+        """The optimizer over groups that spare positions, class token, norms and biases; built once."""
+        optimizer: torch.optim.Optimizer | None = self.optimizer
+        if optimizer is None:
             model = self.model if model is None else model
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
                 raise RunError(
-                    f"training.optim={self.args.optim.value} makes parameter groups of its own; expected an optimizer "
-                    f"that takes groups, such as adamw_torch_fused"
+                    f"training.optim={self.args.optim.value} makes parameter groups of its own; expected an "
+                    f"optimizer that takes groups, such as adamw_torch_fused"
                 )
             groups = build_parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay, self.args.layer_decay
             )
-            self.optimizer = cls(groups, **kwargs)
-        return self.optimizer
+            self.optimizer = optimizer = cls(groups, **kwargs)
+        return optimizer
 
     # -- checkpoints
 

@@ -1,0 +1,99 @@
+"""README, recipes and scripts: every command and code block is run, every recipe is listed and loads."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_VIT, draw_folder
+
+from vit_finetune.recipe import bundled_recipes, load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
+
+
+def test_every_recipe_loads_and_is_in_the_table() -> None:
+    files = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate"]
+    assert len(files) == 8
+    assert sorted(path.stem for path in files) == sorted(bundled_recipes())
+    for path in files:
+        assert load_recipe(path).name == path.stem
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert any(line.startswith(f"#   vit-finetune train {path.stem}") for line in lines), path
+        assert len(lines) < 45  # one screen
+    subprocess.run([sys.executable, ROOT / "scripts" / "recipe_table.py", "--check"], check=True)
+
+
+def test_the_example_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
+    (example,) = blocks("yaml")
+    (tmp_path / "example.yaml").write_text(example, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "example.yaml")
+    assert recipe.model.image_size == 288 and recipe.training.learning_rate == 1e-4
+
+
+@pytest.fixture
+def readers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader of the README has it: photographs, and a pretrained checkpoint of the bundled recipe's name.
+
+    The checkpoint is tiny and local, because the Hub cannot be reached from a test; its path is the Hub's id.
+    """
+    from vit_finetune.model.loading import load_model
+    from vit_finetune.recipe import ModelConfig
+
+    draw_folder(tmp_path / "photos")
+    draw_folder(tmp_path / "new-photos", classes=1, per_class=2)
+    model, processor = load_model(ModelConfig(config={**TINY_VIT, "image_size": 32}), ["x", "y"])
+    pretrained = tmp_path / "google" / "vit-base-patch16-224-in21k"
+    model.save_pretrained(pretrained)
+    processor.save_pretrained(pretrained)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run(readers_place: Path) -> None:
+    shell = "".join(blocks("bash"))
+    commands = [line.split(" #")[0].strip() for line in shell.splitlines() if line.startswith("vit-finetune")]
+    assert [shlex.split(command)[1] for command in commands] == ["check", "train", "predict"]
+    for command in commands:
+        result = subprocess.run(
+            [sys.executable, "-m", "vit_finetune", *shlex.split(command)[1:]], capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    assert (readers_place / "runs" / "photos" / "report.html").is_file()
+    # Then the Python blocks: the pipeline of the run that is there, and the whole from Python in another folder.
+    pipeline_block, whole_block = blocks("python")
+    whole_block = whole_block.replace("runs/photos", "runs/again")
+    for block in (pipeline_block, whole_block):
+        result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    tree = next(block for block in blocks("") if block.startswith("runs/photos/"))
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()[1:]}
+    assert listed == {path.name for path in (readers_place / "runs" / "photos").iterdir()}
+    # The card and the resolved recipe name the checkpoint.
+    resolved = yaml.safe_load((readers_place / "runs" / "photos" / "recipe.yaml").read_text())
+    assert resolved["model"]["path"] == "google/vit-base-patch16-224-in21k"
+
+
+def test_every_verb_of_the_readme_exists() -> None:
+    listed = re.findall(r"^\| `vit-finetune (\w+)", README, re.MULTILINE)
+    from vit_finetune.cli import app
+
+    assert listed == [command.callback.__name__ for command in app.registered_commands]
+
+
+def test_the_scripts_are_readable_by_a_shell() -> None:
+    for path in [ROOT / ".ci" / "run", *(ROOT / "scripts").iterdir()]:
+        if path.suffix != ".py" and path.is_file():
+            subprocess.run(["bash", "-n", path], check=True)

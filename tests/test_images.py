@@ -1,0 +1,164 @@
+"""Decoding: Pillow and transformers' own loading are the oracles."""
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_image
+from PIL import Image
+from transformers.image_utils import load_image
+
+from vit_finetune.data import images
+from vit_finetune.data.images import UnreadableImage, decode_image, is_image_name
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
+
+PHOTO = draw_image((200, 120, 40), seed=0, size=(37, 26)).resize((74, 52), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def expected(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(load_image(image))
+
+
+def with_alpha() -> Image.Image:
+    alpha = Image.fromarray(np.tile(np.linspace(0, 255, 74).astype(np.uint8), (52, 1)))
+    image = PHOTO.copy()
+    image.putalpha(alpha)
+    return image
+
+
+ENCODED = {
+    "jpeg": encode(PHOTO, "JPEG"),
+    "jpeg grey": encode(PHOTO.convert("L"), "JPEG"),
+    "jpeg cmyk": encode(PHOTO.convert("CMYK"), "JPEG"),
+    "jpeg progressive": encode(PHOTO, "JPEG", progressive=True, subsampling=2),
+    "mpo": encode(PHOTO, "MPO", save_all=True, append_images=[PHOTO.rotate(180)]),
+    "png": encode(PHOTO, "PNG"),
+    "png grey": encode(PHOTO.convert("L"), "PNG"),
+    "png palette": encode(PHOTO.quantize(16), "PNG"),
+    "png palette with transparency": encode(
+        PHOTO.quantize(16), "PNG", transparency=bytes([0, 128] + [255] * 14)
+    ),
+    "png palette with one transparent colour": encode(PHOTO.quantize(16), "PNG", transparency=3),
+    "png rgb with transparent colour": encode(PHOTO, "PNG", transparency=(200, 120, 40)),
+    "png rgba": encode(with_alpha(), "PNG"),
+    "png la": encode(with_alpha().convert("LA"), "PNG"),
+    "png 1 bit": encode(PHOTO.convert("1"), "PNG"),
+    "gif": encode(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(180)]),
+    "webp": encode(PHOTO, "WEBP"),
+    "webp rgba": encode(with_alpha(), "WEBP"),
+    "bmp": encode(PHOTO, "BMP"),
+    "tiff": encode(PHOTO, "TIFF"),
+    "tiff cmyk": encode(PHOTO.convert("CMYK"), "TIFF"),
+    "ppm": encode(PHOTO, "PPM"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")  # the oracle's, not ours
+@pytest.mark.parametrize("kind", ENCODED)
+def test_pixels_are_those_that_a_pipeline_sees(kind: str) -> None:
+    image = decode_image(ENCODED[kind])
+    assert image.dtype == torch.uint8
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected(ENCODED[kind]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODED if kind.startswith(("jpeg", "mpo"))])
+def test_pixels_of_a_jpeg_stay_when_torchvision_has_no_decoder(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = decode_image(ENCODED[kind])
+    monkeypatch.setattr(images, "decode_jpeg", None)
+    assert torch.equal(decode_image(ENCODED[kind]), pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(PHOTO, kind, exif=exif)
+    image = decode_image(data)
+    assert tuple(image.shape) == ((3, 52, 74) if orientation < 5 else (3, 74, 52))
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected(data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bits_keep_their_upper_8(kind: str) -> None:
+    values = np.linspace(0, 65535, 300).astype(np.uint16).reshape(15, 20)
+    image = decode_image(encode(Image.fromarray(values), kind))
+    for channel in image:
+        np.testing.assert_array_equal(channel.numpy(), values >> 8)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims a size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "0 bytes"),
+        (b"this is no image, whatever its name says", "not an image"),
+        (ENCODED["jpeg"][:-400], "truncated JPEG"),
+        (ENCODED["png"][:-2000], "truncated"),
+        (ENCODED["tiff"][:-2000], "truncated"),
+        (png_header(50_000, 50_000), "decompression bomb"),
+    ],
+    ids=["empty", "text", "truncated jpeg", "truncated png", "truncated tiff", "bomb"],
+)
+def test_what_cannot_be_decoded_says_why(data: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImage, match=f"^{reason}"):
+        decode_image(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on broken metadata
+@pytest.mark.parametrize("kind", ["jpeg", "png palette", "gif", "webp", "bmp", "tiff", "ppm"])
+def test_damaged_bytes_give_pixels_or_one_kind_of_error(kind: str) -> None:
+    damage = random.Random(kind)
+    for _ in range(60):
+        data = bytearray(ENCODED[kind][: damage.randrange(20, len(ENCODED[kind]) + 500)])
+        for _ in range(damage.randrange(1, 6)):
+            data[damage.randrange(min(len(data), damage.choice([40, 400, 10_000])))] = damage.randrange(256)
+        try:
+            assert decode_image(bytes(data)).shape[0] == 3
+        except UnreadableImage as error:
+            assert str(error)
+
+
+def test_any_error_of_a_decoder_becomes_an_unreadable_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        struct.error("bad"),
+        zlib.error("bad"),
+        KeyError("bad"),
+        TypeError("bad"),
+        RuntimeError("bad"),
+    ):
+
+        def fail(*args: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Image.Image, "convert", fail)
+        with pytest.raises(UnreadableImage, match="bad"):
+            decode_image(ENCODED["png grey"])
+
+
+def test_image_names() -> None:
+    assert all(map(is_image_name, ["a.jpg", "b.JPEG", "c/d.Png", "e.tar.webp", "f.TIF"]))
+    assert not any(map(is_image_name, ["a", "jpg", "a.txt", "a.jpg/readme", "a.jpg.part", ""]))

@@ -1,0 +1,185 @@
+"""Run folders: what may be written where, and that nothing is ever half written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vit_finetune.run import (
+    CalibrationBin,
+    ClassScore,
+    Mistake,
+    Report,
+    Run,
+    RunError,
+    is_disk_full,
+    write_json,
+    write_text,
+    written_whole,
+)
+
+
+def started(path: Path) -> Run:
+    write_text(path / "recipe.yaml", "data: {}\n")
+    return Run(path)
+
+
+def test_a_new_or_empty_folder_is_free_and_stays_as_it_is(tmp_path: Path) -> None:
+    Run(tmp_path / "new").check_free(resume=False)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    Run(tmp_path / "empty").check_free(resume=False)
+
+
+def test_a_run_is_only_free_to_be_resumed(tmp_path: Path) -> None:
+    run = started(tmp_path / "run")
+    run.check_free(resume=True)
+    with pytest.raises(RunError, match=r"already holds a run\. Continue it with --resume, or .*output_dir=…"):
+        run.check_free(resume=False)
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "other", "file"])
+def test_what_holds_no_run_cannot_be_resumed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    write_text(tmp_path / "other" / "notes.txt", "keep me")
+    write_text(tmp_path / "file", "keep me")
+    with pytest.raises(RunError, match="there is no run to resume; leave out --resume"):
+        Run(tmp_path / name).check_free(resume=True)
+
+
+def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path: Path) -> None:
+    write_text(tmp_path / "other" / "notes.txt", "keep me")
+    with pytest.raises(RunError, match="other is not empty and holds no run; write to another folder"):
+        Run(tmp_path / "other").check_free(resume=False)
+    with pytest.raises(RunError, match=r"notes\.txt is a file; expected a new or empty folder"):
+        Run(tmp_path / "other" / "notes.txt").check_free(resume=False)
+    assert (tmp_path / "other" / "notes.txt").read_text() == "keep me"
+
+
+def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.last_checkpoint() is None
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-20", "checkpoint-best", "tmp-checkpoint-500"):
+        write_text(run.checkpoints / name / "trainer_state.json", "{}")
+    (run.checkpoints / "checkpoint-300").mkdir()
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
+
+
+def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"provenance\.json is missing: .* Delete the folder and start it again"
+    ):
+        started(tmp_path / "run").read_provenance()
+
+
+def test_files_are_written_whole_or_left_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "text.txt"
+    write_text(path, "old ü")
+    assert path.read_bytes() == "old ü".encode()
+    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text(encoding="utf-8") == "old ü"
+    assert os.listdir(path.parent) == ["text.txt"]
+
+
+def test_a_failed_rename_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.txt"
+    write_text(path, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vit_finetune.run.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text.txt", "text")
+        assert os.umask(umask) == umask, "the umask was not put back"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "text.txt").stat().st_mode & 0o777 == mode
+
+
+def test_json_is_readable_by_people(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"label": "Löwe"})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "label": "Löwe"\n}\n'
+
+
+def cause(error: Exception, of: Exception) -> Exception:
+    error.__cause__ = of
+    return error
+
+
+def context(error: Exception, of: Exception) -> Exception:
+    error.__context__ = of
+    return error
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OSError(errno.ENOSPC, "No space left on device"),
+        lambda: OSError(errno.EDQUOT, "Disk quota exceeded"),
+        lambda: RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        lambda: RuntimeError("Error while serializing: I/O error: Kein Platz (os error 28)"),
+        lambda: RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"),
+        lambda: RuntimeError(
+            "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"
+        ),
+        lambda: cause(ValueError("saving failed"), OSError(errno.ENOSPC, "")),
+        lambda: context(ValueError("a"), cause(ValueError("b"), OSError(errno.ENOSPC, ""))),
+    ],
+)
+def test_a_full_disk_is_recognised(make: Callable[[], Exception]) -> None:
+    assert is_disk_full(make())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OSError(errno.EACCES, "Permission denied"),
+        lambda: RuntimeError("[enforce fail at inline_container.cc:300] . file not found: data.pkl"),
+        lambda: cause(ValueError("a"), OSError(errno.ENOENT, "")),
+        lambda: RunError("the disk"),
+    ],
+)
+def test_other_errors_are_no_full_disk(make: Callable[[], Exception]) -> None:
+    assert not is_disk_full(make())
+
+
+def test_a_report_survives_its_json(tmp_path: Path) -> None:
+    report = Report(
+        split="test",
+        num_images=3,
+        accuracy=2 / 3,
+        accuracy_interval=(0.2, 0.9),
+        macro_f1=0.1 + 0.2,
+        balanced_accuracy=0.5,
+        log_loss=1e-300,
+        ece=0.0,
+        per_class={"Löwe": ClassScore(precision=1, recall=0.5, f1=2 / 3, support=2)},
+        confusion_matrix=[[1, 1], [0, 1]],
+        labels=["Löwe", "<b>"],
+        calibration=[CalibrationBin(low=0, high=1 / 15, count=1, confidence=0.05, accuracy=0)],
+        worst_mistakes=[Mistake(id="a/ü.png", label="Löwe", predicted="<b>", probability=0.9)],
+    )
+    write_text(tmp_path / "test.json", report.to_json())
+    assert Report.load(tmp_path / "test.json") == report
+    assert "top_5_accuracy" not in json.loads(report.to_json())
+    assert (
+        Report.model_validate_json(report.model_copy(update={"top_5_accuracy": 1.0}).to_json()).top_5_accuracy
+        == 1
+    )

@@ -1,0 +1,148 @@
+"""Optimizer groups, losses and hardware choices against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY_VIT
+from transformers import PreTrainedModel
+
+from vit_finetune.model.loading import load_model
+from vit_finetune.recipe import ModelConfig, build_recipe
+from vit_finetune.run import RunError
+from vit_finetune.training.hardware import bf16_speedup, check_world, choose_hardware, estimate_memory
+from vit_finetune.training.optim import build_parameter_groups, layer_numbers
+from vit_finetune.training.trainer import cross_entropy
+
+
+def build(config: dict[str, object] | None = None, labels: int = 3) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return load_model(ModelConfig(config=config or TINY_VIT), [str(n) for n in range(labels)])[0]
+
+
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+    "image_size": 16,
+}
+
+
+def rate_by_name(model: PreTrainedModel, **options: float) -> dict[str, tuple[float, float]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_parameter_groups(model, **options)  # type: ignore[arg-type]
+    return {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
+    model = build()
+    groups = build_parameter_groups(model, 1e-3, 0.1)
+    members = [id(p) for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in model.parameters())
+    rates = rate_by_name(model, learning_rate=1e-3, weight_decay=0.1)
+    undecayed = {name for name, (_, decay) in rates.items() if decay == 0}
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= undecayed
+    assert undecayed == {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 or "cls_token" in name or "position_embeddings" in name
+    }
+
+
+def test_layer_decay_falls_from_the_head_to_the_embeddings() -> None:
+    rates = rate_by_name(build(), learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
+    lr = {name: rate for name, (rate, _) in rates.items()}
+    # Two layers: embeddings 0, layers 1 and 2, the final norm and the head 3.
+    assert lr["classifier.weight"] == lr["vit.layernorm.weight"] == 1.0
+    assert lr["vit.layers.1.mlp.fc1.weight"] == 0.5
+    assert lr["vit.layers.0.mlp.fc1.weight"] == 0.25
+    assert lr["vit.embeddings.cls_token"] == lr["vit.embeddings.position_embeddings"] == 0.125
+
+
+@pytest.mark.parametrize("model_type", ["deit", "dinov2", "beit"])
+def test_layer_decay_knows_the_vit_family(model_type: str) -> None:
+    config = {
+        key: value for key, value in TINY_VIT.items() if model_type != "dinov2" or key != "intermediate_size"
+    }
+    numbers = layer_numbers(build({**config, "model_type": model_type}))
+    assert set(numbers.values()) == {0, 1, 2, 3}
+
+
+def test_layer_decay_is_refused_for_a_cnn_and_frozen_parameters_are_left_out() -> None:
+    model = build(RESNET)
+    with pytest.raises(RunError, match=r"layer_decay.*ResNet"):
+        build_parameter_groups(model, 1e-3, 0.1, layer_decay=0.9)
+    for parameter in model.resnet.parameters():
+        parameter.requires_grad = False
+    groups = build_parameter_groups(model, 1e-3, 0.1)
+    assert sum(p.numel() for group in groups for p in group["params"]) == 16 * 3 + 3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_of_parts_adds_up_and_soft_targets_equal_hard_ones(smoothing: float) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(8, 5), torch.randint(0, 5, (8,))
+    soft = torch.nn.functional.one_hot(labels, 5).float()
+    whole = cross_entropy(logits, labels, smoothing)
+    parts = sum(cross_entropy(logits[i : i + 2], labels[i : i + 2], smoothing, 8) for i in range(0, 8, 2))
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(cross_entropy(logits, soft, smoothing, 8), whole)
+    # Against the formula: targets (1 - s) one-hot + s / classes.
+    targets = soft * (1 - smoothing) + smoothing / 5
+    torch.testing.assert_close(whole, -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean())
+
+
+def test_memory_estimate_counts_weights_and_grows_with_the_image() -> None:
+    small, large = build(), build({**TINY_VIT, "image_size": 32})
+    fixed, each = estimate_memory(small)
+    assert fixed == 16 * sum(p.numel() for p in small.parameters())
+    assert estimate_memory(large)[1] > 3 * each  # 65 tokens for 17
+
+
+def test_hardware_says_why_and_does_what_the_recipe_says() -> None:
+    model = build()
+    before = torch.get_rng_state()
+    recipe = build_recipe(
+        {
+            "data": {"path": "x"},
+            "model": {"config": TINY_VIT},
+            "training": {"per_device_train_batch_size": "auto", "use_cpu": True},
+        }
+    )
+    chosen = choose_hardware(recipe.training, recipe.model, model)
+    assert torch.equal(before, torch.get_rng_state())  # asking the machine leaves training's randomness alone
+    assert [choice.name for choice in chosen.choices] == [
+        "precision",
+        "attention",
+        "loader processes",
+        "batch",
+    ]
+    assert all(choice.reason for choice in chosen.choices)
+    assert 1 <= chosen.batch_size <= 128 and chosen.use_cpu
+    set_ = recipe.training.model_copy(update={"bf16": True, "dataloader_num_workers": 3})
+    told = choose_hardware(set_, recipe.model.model_copy(update={"attn_implementation": "eager"}), model)
+    assert (told.bf16, told.num_workers, told.attn_implementation) == (True, 3, "eager")
+    # A resumed run computes as it did before, whatever this machine would choose now.
+    resumed = choose_hardware(
+        recipe.training,
+        recipe.model,
+        model,
+        {"choices": [{"name": n, "value": v} for n, v in
+                     [("precision", "bf16"), ("attention", "eager"), ("batch", "6")]]},
+    )  # fmt: skip
+    assert (resumed.bf16, resumed.attn_implementation, resumed.batch_size) == (True, "eager", 6)
+    with pytest.raises(RunError, match="both"):
+        choose_hardware(set_.model_copy(update={"fp16": True}), recipe.model, model)
+
+
+def test_bf16_speedup_is_a_ratio() -> None:
+    assert 0.01 < bf16_speedup(64) < 100
+
+
+def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="2 processes, but 1"):
+        check_world(1)
+    check_world(2)

@@ -1,0 +1,191 @@
+"""Tables that name image files and their labels: CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from vit_finetune.data.folders import ALL, SPLIT_NAMES, Listing, count_of, first_of
+from vit_finetune.data.images import is_image_name
+from vit_finetune.recipe import DataConfig
+from vit_finetune.run import RunError
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+METADATA_NAMES = frozenset(f"metadata{suffix}" for suffix in SUFFIXES)
+FILE_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image", "img")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "fine_label")
+
+
+def find_tables(root: Path, files: Sequence[str]) -> dict[str, Path]:
+    """The metadata tables of a folder by split: at its top, or one at the top of each split's folder.
+
+    The top is below folders that only wrap all others, as in most archives.
+
+    Args:
+        root: the folder.
+        files: sorted paths below it, as `walk_files` gives them.
+
+    Raises:
+        RunError: several tables for one split.
+    """
+    tables = [name for name in files if name.rpartition("/")[2].lower() in METADATA_NAMES]
+    if not tables:
+        return {}
+    depth = _wrapper_depth([name for name in files if is_image_name(name)] + tables)
+    found: dict[str, Path] = {}
+    for name in tables:
+        folders = name.split("/")[depth:-1]
+        split = SPLIT_NAMES.get(folders[0].lower()) if folders else ALL
+        if split is None or len(folders) > 1:
+            continue
+        if split in found:
+            raise RunError(f"{root}: found both {found[split].name} and {name}; expected one metadata table")
+        found[split] = root / name
+    if ALL in found and len(found) > 1:
+        raise RunError(
+            f"{root}: found metadata tables at the top and in split folders; expected one or the other"
+        )
+    return found
+
+
+def _wrapper_depth(files: Sequence[str]) -> int:
+    """How many folders all files have in common, not counting from a split's folder on."""
+    depth = 0
+    # What the first and the last in sorted order have in common, all have.
+    for one, other in zip(min(files).split("/")[:-1], max(files).split("/")[:-1]):
+        if one != other or one.lower() in SPLIT_NAMES:
+            break
+        depth += 1
+    return depth
+
+
+def list_tables(
+    root: Path, tables: dict[str, Path], config: DataConfig, files: Iterable[str] = ()
+) -> Listing:
+    """Splits and classes of the images that tables name.
+
+    Args:
+        root: the folder that ids are counted from.
+        tables: by split; names in them are taken below their own folder.
+        config: which columns to use.
+        files: paths below root; images among them that no table names are mentioned.
+
+    Raises:
+        RunError: an unreadable table, unknown columns, a row without name or label or with several labels, a
+            file that is not there, lies outside or is named twice.
+    """
+    listing = Listing({})
+    seen: set[str] = set()
+    for split, path in tables.items():
+        for identity, label, named_split in _list_rows(root, path, config):
+            if identity in seen:
+                raise RunError(f"{path}: {identity} is listed twice; expected each image in one row only")
+            seen.add(identity)
+            listing.splits.setdefault(named_split or split, []).append((identity, label))
+    if ALL in listing.splits and len(listing.splits) > 1:
+        raise RunError(f"{root}: some rows of the table name a split and some do not; expected all or none")
+    unnamed = [name for name in files if is_image_name(name) and name not in seen]
+    if unnamed:
+        images = count_of(len(unnamed), "image")
+        listing.notices.append(f"{images} that the metadata does not name left out: {first_of(unnamed)}")
+    return listing
+
+
+def _list_rows(root: Path, path: Path, config: DataConfig) -> list[tuple[str, str, str | None]]:
+    """Id, label and split (None where the table names none) of each row."""
+    rows = _read_table(path)
+    if not rows:
+        raise RunError(f"{path}: the table has no rows")
+    columns = [str(column) for column in rows[0]]
+    file_column = find_column(path, columns, config.image_column, FILE_COLUMNS, "data.image_column")
+    label_column = find_column(path, columns, config.label_column, LABEL_COLUMNS, "data.label_column")
+    split_column = next((column for column in columns if column.lower() == "split"), "")
+    prefix = path.parent.relative_to(root).as_posix()
+    listed = []
+    missing: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}: row {number}"
+        name, label = row.get(file_column), row.get(label_column)
+        if name is None or name == "" or label is None or label == "":
+            raise RunError(f"{where} has no {label_column if name else file_column}")
+        if not isinstance(name, str):
+            raise RunError(f"{where}: {file_column} holds {type(name).__name__}; expected file names")
+        if isinstance(label, list | dict):
+            raise RunError(f"{where} has several labels; expected one class per image")
+        identity = PurePosixPath(prefix, name)
+        if identity.is_absolute() or ".." in identity.parts:
+            raise RunError(f"{where} names {name!r}, which lies outside {path.parent}")
+        if not (root / identity).is_file():
+            missing.append(name)
+        listed.append((str(identity), str(label), _split_of(where, row.get(split_column))))
+    if missing:
+        raise RunError(
+            f"{path}: {len(missing):,} of {len(rows):,} files that it names are not there: "
+            f"{first_of(missing, 5)}. Names are taken below {path.parent}"
+        )
+    return listed
+
+
+def _split_of(where: str, value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    split = SPLIT_NAMES.get(str(value).lower())
+    if split is None:
+        # Taken for training images, a split of another name could be a test that leaks.
+        raise RunError(f"{where}: found the split {value!r}; expected train, validation or test")
+    return split
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]]
+    try:
+        match path.suffix.lower():
+            case ".csv":
+                with path.open(newline="", encoding="utf-8-sig") as file:
+                    rows = list(csv.DictReader(file))
+            case ".jsonl":
+                with path.open(encoding="utf-8") as file:
+                    rows = [json.loads(line) for line in file if line.strip()]
+            case _:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (ValueError, csv.Error, pa.ArrowException) as error:
+        raise RunError(f"{path}: not a readable table: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise RunError(f'{path}: row {number} is {row!r}; expected an object such as {{"file_name": …}}')
+        if None in row:  # where csv keeps what it has no heading for
+            raise RunError(f"{path}: row {number} has more values than there are columns")
+    return rows
+
+
+def find_column(
+    where: object, columns: Sequence[str], asked: str | None, usual: Iterable[str], key: str
+) -> str:
+    """The column that was asked for, or the first of the usual names that is there.
+
+    Args:
+        where: what has the columns, for messages.
+        columns: their names.
+        asked: the recipe's choice.
+        usual: names in lower case.
+        key: the recipe's key, for messages.
+
+    Raises:
+        RunError: neither is there.
+    """
+    found = ", ".join(columns)
+    if asked is not None:
+        if asked in columns:
+            return asked
+        raise RunError(f"{where}: there is no column {asked!r}; found {found}. Set {key}=…")
+    by_lower = {column.lower(): column for column in columns}
+    column = next((by_lower[name] for name in usual if name in by_lower), None)
+    if column is None:
+        raise RunError(f"{where}: found the columns {found}; say which one to use with {key}=…")
+    return column

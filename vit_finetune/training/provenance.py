@@ -1,0 +1,91 @@
+"""Where a run came from: what `provenance.json` says."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from vit_finetune.data.splits import PreparedData
+from vit_finetune.model.loading import describe_model
+from vit_finetune.recipe import Recipe
+from vit_finetune.run import RunError
+from vit_finetune.training.hardware import Hardware, describe_hardware, peak_memory
+from vit_finetune.training.trainer import ViTTrainer
+
+PACKAGES = [
+    "vit-finetune",
+    "torch",
+    "torchvision",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "evaluate",
+    "huggingface-hub",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+]
+"""Packages whose versions can change a result."""
+
+
+def describe_start(
+    recipe: Recipe,
+    data: PreparedData,
+    model: PreTrainedModel,
+    hardware: Hardware,
+    processes: int,
+    command: str | None,
+    before: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What is known before the first step: versions, hardware, choices, data with fingerprints, model.
+
+    Args:
+        recipe: what is done.
+        data: on which images.
+        model: what is trained.
+        hardware: what was chosen.
+        processes: how many train together.
+        command: how the user said it.
+        before: provenance of the run that is resumed.
+
+    Raises:
+        RunError: the images are not those that the run to resume was started with.
+    """
+    facts = {
+        "created": before["created"] if before else datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command or f"finetune(load_recipe({recipe.name!r}))",
+        "recipe_name": recipe.name,
+        "recipe": yaml.safe_load(recipe.to_yaml(resolved=False)),
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
+        "hardware": describe_hardware(hardware.use_cpu, processes),
+        "choices": [asdict(choice) for choice in hardware.choices],
+        "seed": recipe.training.seed,
+        "data": data.describe(recipe.data.path),
+        "labels": data.labels,
+        "model": describe_model(model) | {"base_model": recipe.model.path},
+    }
+    if before and before["data"]["splits"] != facts["data"]["splits"]:
+        raise RunError(
+            f"{recipe.data.path}: the images are not those that the run was started with, so it cannot be "
+            f"resumed. Start another run with training.output_dir=…"
+        )
+    return facts
+
+
+def describe_training(trainer: ViTTrainer, metrics: dict[str, float], hardware: Hardware) -> dict[str, Any]:
+    """What is known after the last step: seconds, images per second (whole loop), bytes, best checkpoint."""
+    state = trainer.state
+    return {
+        "train_seconds": round(metrics["train_runtime"], 2),
+        "images_per_second": round(metrics["train_samples_per_second"], 2),
+        "peak_memory_bytes": peak_memory(hardware.use_cpu),
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "best_metric": {"name": trainer.args.metric_for_best_model, "value": state.best_metric},
+    }
