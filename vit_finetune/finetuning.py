@@ -341,7 +341,7 @@ def _show_reports(reports: dict[str, Report], run: Run) -> None:
                 name,
                 f"{report.num_images:,}",
                 f"{report.accuracy:.4f}",
-                f"{report.accuracy_interval[0]:.4f}–{report.accuracy_interval[1]:.4f}",
+                f"{report.accuracy_interval[0]:.3f}–{report.accuracy_interval[1]:.3f}",
                 f"{report.macro_f1:.4f}",
                 f"{report.log_loss:.4f}",
                 f"{report.ece:.4f}",

@@ -28,7 +28,8 @@ def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float,
     share, square = right / total, z * z
     centre = (share + square / (2 * total)) / (1 + square / total)
     half = z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends are exact where nothing or everything succeeded, but for rounding.
+    return 0.0 if right == 0 else centre - half, 1.0 if right == total else centre + half
 
 
 def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:

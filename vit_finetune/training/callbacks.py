@@ -109,6 +109,17 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Undoes what the Trainer does at the end of an epoch where the epoch was only broken off.
+
+        It would evaluate and save once more, in the middle of an epoch, and perhaps choose those weights as the best:
+        the resumed run would end with others than an uninterrupted one.
+        """
+        if self.interrupted and (state.epoch or 0.0) % 1:
+            control.should_evaluate = control.should_save = False
+
     def stop_listening(self) -> None:
         """Gives Ctrl-C back its usual meaning."""
         if self.previous is not None:

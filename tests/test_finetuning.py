@@ -1,0 +1,151 @@
+"""The story as a whole: what it leaves, what it refuses, how it stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_folder, tiny_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from vit_finetune.finetuning import check, finetune
+from vit_finetune.run import Report, Run, RunError
+
+
+@pytest.mark.slow
+def test_a_learnable_folder_is_learned_and_documented(folder: Path, tmp_path: Path) -> None:
+    run = finetune(tiny_recipe(folder, tmp_path / "run", training={"num_train_epochs": 15}), command="vit-finetune …")
+    report = Report.load(run.report("test"))
+    assert report.accuracy >= 0.85 and report.num_images == 9 and report.labels == ["blue", "green", "red"]
+    facts = run.read_provenance()
+    assert facts["command"] == "vit-finetune …" and facts["labels"] == report.labels
+    assert facts["train_seconds"] > 0 and facts["images_per_second"] > 0 and facts["peak_memory_bytes"] > 1e8
+    assert {name: split["num_images"] for name, split in facts["data"]["splits"].items()} == {
+        "train": 18, "validation": 9, "test": 9,
+    }  # fmt: skip
+    config = AutoModelForImageClassification.from_pretrained(run.model).config
+    assert config.id2label == {0: "blue", 1: "green", 2: "red"}
+    assert sorted(path.name for path in run.model.iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+    # The published weights are those that validation chose.
+    best = run.checkpoints / f"checkpoint-{facts['best_step']}"
+    chosen, published = (load_file(path / "model.safetensors") for path in (best, run.model))
+    assert all(value.equal(published[name]) for name, value in chosen.items())
+
+
+@pytest.mark.slow
+def test_without_a_test_split_the_report_says_so(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finetune(tiny_recipe(folder, tmp_path / "run", data={"test_fraction": 0}, training={"max_steps": 2}))
+    assert not run.report("test").exists() and run.report("validation").exists()
+    assert "validation score also chose the weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
+    """A real signal to a real process; the resumed run ends as an uninterrupted one does."""
+    options = {"num_train_epochs": 60, "logging_steps": 1}
+    file = tmp_path / "tiny.yaml"
+    run = Run(tmp_path / "run")
+    file.write_text(tiny_recipe(folder, run.path, training=options).to_yaml(resolved=False))
+    words = [sys.executable, "-m", "vit_finetune", "train", str(file)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(run.checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors.splitlines()[-1] and "Traceback" not in errors
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None and not run.model.exists()
+    stopped_at = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert 0 < stopped_at < 300
+
+    resumed = subprocess.run([*words, "--resume"], capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"checkpoint-{stopped_at}" in resumed.stderr
+    whole = finetune(tiny_recipe(folder, tmp_path / "whole", training=options))
+    one, two = (load_file(path / "model.safetensors") for path in (run.model, whole.model))
+    assert all(value.equal(two[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+def test_resuming_is_refused_where_it_would_be_another_run(folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(folder, tmp_path / "run", training={"max_steps": 2})
+    with pytest.raises(RunError, match="no run to resume"):
+        finetune(recipe, resume=True)
+    finetune(recipe)
+    with pytest.raises(RunError, match="already holds a run"):
+        finetune(recipe)
+    with pytest.raises(RunError, match=r"training\.learning_rate was 0\.003, is 0\.1"):
+        finetune(tiny_recipe(folder, tmp_path / "run", training={"max_steps": 2, "learning_rate": 0.1}), resume=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (folder / "red" / "0.png").unlink()
+    with pytest.raises(RunError, match="not those that the run was started with"):
+        finetune(recipe, resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_cnn_stands_beside_the_vit(folder: Path, tmp_path: Path) -> None:
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+              "layer_type": "basic", "image_size": 32}  # fmt: skip
+    run = finetune(tiny_recipe(folder, tmp_path / "run", model={"config": resnet}, training={"max_steps": 3}))
+    assert json.loads((run.model / "config.json").read_text())["architectures"] == ["ResNetForImageClassification"]
+
+
+def test_check_trains_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = check(tiny_recipe(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert facts["labels"] == ["blue", "green", "red"]
+    assert facts["splits"] == {"train": 18, "validation": 9, "test": 9}
+    assert facts["batch_shape"] == [4, 3, 16, 16] and facts["tokens"] == 17
+    assert facts["steps"] == 10 and facts["images_per_step"] == 4
+    assert "1 process × 4 images × 1 accumulation = 4 images per step" in capsys.readouterr().err
+
+
+def test_steps_are_those_that_training_takes(tmp_path: Path) -> None:
+    """The plan's arithmetic against the Trainer's own, where epochs do not divide evenly."""
+    folder = draw_folder(tmp_path / "p")
+    for training in (
+        {"num_train_epochs": 1.5, "gradient_accumulation_steps": 2},
+        {"num_train_epochs": 3, "per_device_train_batch_size": 5},
+        {"max_steps": 7},
+    ):
+        recipe = tiny_recipe(folder, tmp_path / "none", training=training)
+        from invariants.test_exactness import build_trainer
+
+        trainer = build_trainer(recipe, tmp_path / "c")
+        expected = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        assert check(recipe)["steps"] == expected
+
+
+@pytest.mark.skipif(not os.environ.get("VIT_FINETUNE_TEST_DATA"), reason="VIT_FINETUNE_TEST_DATA is not set")
+@pytest.mark.slow
+def test_real_photographs_from_an_archive(tmp_path: Path) -> None:
+    """Sixty real photographs in a tar, two made-up classes by their names: decode, resize, train, score."""
+    import tarfile
+
+    photos = Path(os.environ["VIT_FINETUNE_TEST_DATA"]) / "photos.tar"
+    with tarfile.open(photos) as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    files = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert len(files) == 60
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as archive:
+        for number, path in enumerate(files):
+            archive.add(path, f"wrapped/{'odd' if number % 2 else 'even'}/{path.name}")
+    recipe = tiny_recipe(tmp_path / "photos.tar.gz", tmp_path / "run", model={"image_size": 32, "resize": "crop",
+                         "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                    "intermediate_size": 32, "patch_size": 8}})  # fmt: skip
+    run = finetune(recipe)
+    assert Report.load(run.report("test")).num_images == 16
+    assert torch.isfinite(torch.tensor(Report.load(run.report("test")).log_loss))
