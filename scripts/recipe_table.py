@@ -1,7 +1,7 @@
 """Writes recipes/README.md: each recipe's first line and what its header says was measured.
 
-    .venv/bin/python scripts/recipe_table.py           # write
-    .venv/bin/python scripts/recipe_table.py --check   # fail where the file is out of date
+.venv/bin/python scripts/recipe_table.py           # write
+.venv/bin/python scripts/recipe_table.py --check   # fail where the file is out of date
 """
 
 import sys
@@ -34,8 +34,8 @@ def build_table() -> str:
         [
             "# Recipes",
             "",
-            "Written by `scripts/recipe_table.py` from the recipes' headers. Each result was printed by the command",
-            "in the recipe's header; “not run yet” means what it says.",
+            "Written by `scripts/recipe_table.py` from the recipes' headers. Each result was printed by the",
+            "command in the recipe's header; “not run yet” means what it says.",
             "",
             "| recipe | what it is | measured |",
             "|---|---|---|",
@@ -48,5 +48,6 @@ def build_table() -> str:
 if __name__ == "__main__":
     page, table = FOLDER / "README.md", build_table()
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if page.is_file() and page.read_text(encoding="utf-8") == table else f"{page} is out of date")
+        current = page.is_file() and page.read_text(encoding="utf-8") == table
+        sys.exit(0 if current else f"{page} is out of date: run scripts/recipe_table.py")
     page.write_text(table, encoding="utf-8")

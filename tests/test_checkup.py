@@ -16,7 +16,6 @@ from vit_finetune.data.sources import Source, arrange_columns, column_values, lo
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
-
 BROKEN = {
     "blue/bomb.png": "decompression bomb",
     "blue/empty.png": "0 bytes",

@@ -191,7 +191,7 @@ def test_check_looks_at_everything_and_writes_nothing(folder: Path, tmp_path: Pa
     assert facts["images_per_step"] == 4
     assert facts["steps"] == 10
     assert "18" in done.stderr
-    assert "1 processes × 4 images × 1 accumulation = 4 images per step" in done.stderr
+    assert "1 process × 4 images × 1 accumulation = 4 images per step" in done.stderr
     assert not (tmp_path / "run").exists()
     assert files_below(folder) == before
     assert say("check", recipe).stdout == ""

@@ -22,7 +22,9 @@ from vit_finetune.run import Report, Run, RunError
 
 @pytest.mark.slow
 def test_a_learnable_folder_is_learned_and_documented(folder: Path, tmp_path: Path) -> None:
-    run = finetune(tiny_recipe(folder, tmp_path / "run", training={"num_train_epochs": 15}), command="vit-finetune …")
+    run = finetune(
+        tiny_recipe(folder, tmp_path / "run", training={"num_train_epochs": 15}), command="vit-finetune …"
+    )
     report = Report.load(run.report("test"))
     assert report.accuracy >= 0.85 and report.num_images == 9 and report.labels == ["blue", "green", "red"]
     facts = run.read_provenance()
@@ -43,8 +45,12 @@ def test_a_learnable_folder_is_learned_and_documented(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_without_a_test_split_the_report_says_so(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = finetune(tiny_recipe(folder, tmp_path / "run", data={"test_fraction": 0}, training={"max_steps": 2}))
+def test_without_a_test_split_the_report_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finetune(
+        tiny_recipe(folder, tmp_path / "run", data={"test_fraction": 0}, training={"max_steps": 2})
+    )
     assert not run.report("test").exists() and run.report("validation").exists()
     assert "validation score also chose the weights" in capsys.readouterr().err
 
@@ -59,7 +65,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path: P
     words = [sys.executable, "-m", "vit_finetune", "train", str(file)]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
-        while not list(run.checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        while (
+            not list(run.checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
@@ -87,12 +95,17 @@ def test_resuming_is_refused_where_it_would_be_another_run(folder: Path, tmp_pat
     with pytest.raises(RunError, match="already holds a run"):
         finetune(recipe)
     with pytest.raises(RunError, match=r"training\.learning_rate was 0\.003, is 0\.1"):
-        finetune(tiny_recipe(folder, tmp_path / "run", training={"max_steps": 2, "learning_rate": 0.1}), resume=True)
+        finetune(
+            tiny_recipe(folder, tmp_path / "run", training={"max_steps": 2, "learning_rate": 0.1}),
+            resume=True,
+        )
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     (folder / "red" / "0.png").unlink()
     with pytest.raises(RunError, match="not those that the run was started with"):
         finetune(recipe, resume=True)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.slow
@@ -100,10 +113,14 @@ def test_a_cnn_stands_beside_the_vit(folder: Path, tmp_path: Path) -> None:
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
               "layer_type": "basic", "image_size": 32}  # fmt: skip
     run = finetune(tiny_recipe(folder, tmp_path / "run", model={"config": resnet}, training={"max_steps": 3}))
-    assert json.loads((run.model / "config.json").read_text())["architectures"] == ["ResNetForImageClassification"]
+    assert json.loads((run.model / "config.json").read_text())["architectures"] == [
+        "ResNetForImageClassification"
+    ]
 
 
-def test_check_trains_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_trains_and_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     facts = check(tiny_recipe(folder, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert facts["labels"] == ["blue", "green", "red"]

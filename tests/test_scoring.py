@@ -49,7 +49,9 @@ def test_the_report_equals_scikit_learn(outcome: tuple[np.ndarray, np.ndarray]) 
         np.mean([(predicted[labels == n] == n).mean() for n in range(6)])
     )
     ranks = (-probabilities).argsort(axis=1)[:, :5]
-    assert report.top_5_accuracy == pytest.approx(np.mean([label in row for label, row in zip(labels, ranks)]))
+    assert report.top_5_accuracy == pytest.approx(
+        np.mean([label in row for label, row in zip(labels, ranks)])
+    )
     expected = -np.log(probabilities[np.arange(200), labels].astype(np.float64)).mean()
     assert report.log_loss == pytest.approx(expected, abs=1e-6)
     assert np.array_equal(report.confusion_matrix, sk.confusion_matrix(labels, predicted, labels=range(7)))
@@ -66,7 +68,9 @@ def test_the_report_equals_scikit_learn(outcome: tuple[np.ndarray, np.ndarray]) 
 
 
 def test_top_5_needs_more_than_5_classes() -> None:
-    report = build_report("test", ["a", "b"], np.array([0, 1]), np.eye(5, dtype=np.float32)[:2], list("abcde"))
+    report = build_report(
+        "test", ["a", "b"], np.array([0, 1]), np.eye(5, dtype=np.float32)[:2], list("abcde")
+    )
     assert report.top_5_accuracy is None and "top_5_accuracy" not in report.to_json()
     assert report.accuracy == 1.0 and report.worst_mistakes == []
 
@@ -80,7 +84,9 @@ def test_wilson_interval_solves_its_equation() -> None:
             distance = abs(right / total - bound)
             assert distance == pytest.approx(1.959964 * error, rel=1e-6, abs=1e-7)
         assert 0 <= low <= right / total <= high <= 1
-    assert wilson_interval(7, 10) == pytest.approx((0.3968, 0.8922), abs=1e-4)  # R: prop.test(7, 10, correct=F)
+    assert wilson_interval(7, 10) == pytest.approx(
+        (0.3968, 0.8922), abs=1e-4
+    )  # R: prop.test(7, 10, correct=F)
 
 
 def test_calibration_error_equals_a_loop(outcome: tuple[np.ndarray, np.ndarray]) -> None:

@@ -30,7 +30,6 @@ from vit_finetune.data.transforms import (
 from vit_finetune.recipe import AugmentationConfig, DataConfig
 from vit_finetune.run import RunError
 
-
 PROCESSORS = {
     "squash": ViTImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=True),
     "crop": BitImageProcessor(

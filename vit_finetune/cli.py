@@ -26,9 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe's name.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value", help="Recipe keys to set, such as data.path=photos/.")
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Recipe keys to set, such as data.path=photos/."),
 ]
 Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a Hub id.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -36,7 +39,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+def check(
+    recipe: RecipeName, overrides: Overrides = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """Look at data, recipe and machine; train nothing."""
     loaded = _load(recipe, overrides)
 
@@ -142,7 +147,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -187,7 +194,9 @@ def _explain(error: Exception) -> str:
         return str(error)
     if is_disk_full(error):
         place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return f"the disk is full{place}. Free some space and say the same again; `train` goes on with --resume"
+        return (
+            f"the disk is full{place}. Free some space and say the same again; `train` goes on with --resume"
+        )
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 

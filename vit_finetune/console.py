@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @cache
 def terminal() -> Console:
-    """The console of this process: stderr, or nothing where a launcher gave this process another rank than 0."""
+    """The console of this process: stderr, or nothing where a launcher gave it another rank than 0."""
     from rich.console import Console
 
     quiet = int(os.environ.get("RANK", "0")) != 0
@@ -52,7 +52,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def build_progress(unit: str) -> Progress:
-    """A progress bar with count, rate in `unit` per second, time left and a free text `status`; not started yet."""
+    """A progress bar with count, `unit` per second, time left and a text `status`; not started yet."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

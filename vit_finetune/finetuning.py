@@ -1,4 +1,4 @@
-"""The story: recipe → data → model → hardware → training → best checkpoint → test, once → run folder."""
+"""The story: recipe → data → model → hardware → training → best checkpoint → test → run folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
 
 def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -> Run:
-    """A recipe, carried out: data → model → training → best checkpoint → test split scored once → run folder.
+    """A recipe, carried out: data → model → training → best checkpoint → test, scored once → run folder.
 
     Args:
         recipe: what to do.
@@ -242,9 +242,9 @@ def _show_plan(
     for choice in hardware.choices:
         say(f"{choice.name}: {choice.value} ({choice.reason})")
     say(
-        f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × {_accumulation(recipe)} accumulation = "
-        f"{per_step} images per step; {steps:,} steps, {steps_per_epoch:,} an epoch; about "
-        f"{memory / 1e9:.1f} GB"
+        f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "
+        f"{_accumulation(recipe)} accumulation = {per_step} images per step; {steps:,} steps, "
+        f"{steps_per_epoch:,} an epoch; about {memory / 1e9:.1f} GB"
     )
     return facts | {
         "labels": data.labels,

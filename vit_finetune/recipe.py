@@ -1,16 +1,14 @@
 """Recipes: plain YAML read, checked and explained before anything heavy is imported.
 
-A recipe is data: sections `data`, `augmentation`, `model`, `training`, `evaluation` and `hub`, each a frozen pydantic
-model that knows its keys. `training` also takes every field of `transformers.TrainingArguments`; their names, types
-and defaults are read from that class's source text, because importing it takes seconds and loads torch.
+A recipe is data: sections `data`, `augmentation`, `model`, `training`, `evaluation` and `hub`, each a frozen
+pydantic model that knows its keys. `training` also takes every field of `transformers.TrainingArguments`,
+which `trainer_fields` reads from that class's source text, because importing it takes seconds and loads torch.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import functools
-import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Annotated, Any, Literal, cast, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     SerializeAsAny,
@@ -28,6 +25,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from vit_finetune.trainer_fields import read_trainer_fields
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -48,22 +47,22 @@ class DataConfig(Section):
     """Section `data:`: where the images are and how they are split."""
 
     path: str
-    """A folder, an archive (.zip, .tar…), a table (.csv, .jsonl, .parquet), a Hub dataset id, or `digits`."""
+    """A folder, an archive (.zip, .tar…), a table (.csv, .jsonl, .parquet), a Hub dataset, or `digits`."""
     subset: str | None = None
     """Configuration name of a Hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset."""
     image_column: str | None = None
-    """Column of a table or Hub dataset that holds the image or its file name; found by name and type if unset."""
+    """Column of a table or Hub dataset with the image or its file name; found by name and type if unset."""
     label_column: str | None = None
     """Column of a table or Hub dataset that holds the class; found by name and type if unset."""
     class_folder: Literal["first", "last"] | None = None
-    """Which folder above an image names its class where folders are nested; needed only where it is ambiguous."""
+    """Which folder above an image names its class; needed only where folders are nested in two ways."""
     validation_fraction: Fraction = 0.1
     """Share of the training images carved out for validation where the data has no validation split."""
     test_fraction: Fraction = 0.1
     """Share of the training images carved out for the test where the data has no test split."""
-    split_seed: int = 0
+    split_seed: Annotated[int, Field(ge=0)] = 0
     """Decides which images are carved out; apart from `training.seed`, so that runs stay comparable."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do about images that cannot be decoded: stop and list them, or leave them out and say so."""
@@ -71,7 +70,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _leaves_training_images(self) -> DataConfig:
         if self.validation_fraction + self.test_fraction >= 0.9:
-            raise ValueError("validation_fraction + test_fraction must stay below 0.9, or nothing is left to train on")
+            raise ValueError(
+                "validation_fraction + test_fraction must stay below 0.9: something is needed to train on"
+            )
         return self
 
 
@@ -88,7 +89,7 @@ class AugmentationConfig(Section):
     randaugment_num_ops: Positive = 2
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     random_erasing: Probability = 0.0
-    """Share of training images of which one rectangle is painted over with the mean colour (Zhong et al., 2017)."""
+    """Share of training images with one rectangle painted over in the mean colour (Zhong et al., 2017)."""
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
@@ -117,8 +118,8 @@ class ModelConfig(Section):
     image_size: Positive | tuple[Positive, Positive] | None = None
     """Side, or [height, width], in pixels; the checkpoint's own if unset."""
     resize: Literal["squash", "crop"] | None = None
-    """How evaluation fits an image: squashed to `image_size`, or shortest edge resized and centre cropped; the
-    checkpoint's own way if unset."""
+    """How evaluation fits an image: squashed to `image_size`, or shortest edge resized and centre cropped;
+    the checkpoint's own way if unset."""
     crop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.875
     """With `resize: crop`, the crop's side by the shortest edge it is cut from."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
@@ -152,10 +153,10 @@ class HubConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Section `training:`: the fields of `transformers.TrainingArguments`, with defaults that suit images, and ours.
+    """Section `training:`: TrainingArguments' fields, with defaults that suit images, and ours.
 
-    The fields below are those whose defaults differ from the Trainer's or that it lacks; `training_section()` adds
-    the others. `auto` is decided for the machine by `training.hardware`.
+    The fields below are those whose defaults differ from the Trainer's or that it lacks; `training_section()`
+    adds the others. `auto` is decided for the machine by `training.hardware`.
     """
 
     output_dir: str | None = None
@@ -248,87 +249,22 @@ REFUSED_TRAINING_KEYS = {
     "do_predict": "use the verbs `train` and `predict`",
     "local_rank": "the launcher sets it",
 }
-"""Fields of TrainingArguments that a recipe says elsewhere, or that have no place in one; and what to write."""
+"""Fields of TrainingArguments that a recipe says elsewhere or not at all; and what to write."""
 
 
 @functools.cache
 def training_section() -> type[TrainingConfig]:
-    """`TrainingConfig` with the other fields of the installed `transformers.TrainingArguments`, types and defaults."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError("transformers is not installed; run `pip install vit-finetune` again")
-    folder = Path(spec.submodule_search_locations[0])
-    arguments = ast.parse((folder / "training_args.py").read_text(encoding="utf-8"))
-    choices = _enumerations([arguments, ast.parse((folder / "trainer_utils.py").read_text(encoding="utf-8"))])
-    (definition,) = (
-        node for node in arguments.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
-    )
+    """`TrainingConfig` with the other fields of the installed `transformers.TrainingArguments`."""
     fields: dict[str, Any] = {}
-    for node in definition.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        name = node.target.id
+    for name, (kind, default) in read_trainer_fields().items():
         if name.startswith(("hub_", "trackio_")) or name in REFUSED_TRAINING_KEYS:
             continue
-        kind = _annotation(node.annotation, choices)
         ours = TrainingConfig.model_fields.get(name)
         if ours is None:
-            fields[name] = (kind, _default(node.value))
-        elif kind is not None and get_args(kind):  # one of a few words: the Trainer's words, our default
+            fields[name] = (kind, default)
+        elif get_args(kind):  # one of a few words: the Trainer's words, our default
             fields[name] = (kind, ours.default)
     return create_model("TrainingConfig", __base__=TrainingConfig, __module__=__name__, **fields)
-
-
-def _enumerations(modules: Iterable[ast.Module]) -> dict[str, Any]:
-    """Types by name for the enumerations that TrainingArguments uses: a Literal of their values."""
-    found: dict[str, Any] = {}
-    for node in (node for module in modules for node in module.body if isinstance(node, ast.ClassDef)):
-        if any(isinstance(base, ast.Name) and base.id == "ExplicitEnum" for base in node.bases):
-            values = [
-                item.value.value
-                for item in node.body
-                if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)
-            ]
-            # YAML reads a bare `no` as false.
-            found[node.name] = Annotated[
-                Literal[tuple(values)], BeforeValidator(lambda value: "no" if value is False else value)
-            ]
-    return found
-
-
-def _annotation(node: ast.expr, choices: dict[str, Any]) -> Any:
-    """The type that an annotation's source names; enumerations as their words, what only Python can say as str."""
-    match node:
-        case ast.BinOp(left=ast.Name(id=name), right=ast.Name(id="str")) if name in choices:
-            return choices[name]
-        case ast.BinOp(left=left, right=right):
-            return _annotation(left, choices) | _annotation(right, choices)
-        case ast.Subscript(value=ast.Name(id="list")):
-            return list[str]
-        case ast.Subscript(value=ast.Name(id="dict")):
-            return dict[str, Any]
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Constant(value=value)):
-            return Literal[value]
-        case ast.Constant(value=None):
-            return type(None)
-        case ast.Name(id=name):
-            return {"bool": bool, "int": int, "float": float, "dict": dict[str, Any]}.get(name, str)
-    return str
-
-
-def _default(node: ast.expr | None) -> Any:
-    """The default inside `field(default=…)` or `field(default_factory=list)`; None where it is computed."""
-    if isinstance(node, ast.Call):
-        for keyword in node.keywords:
-            match keyword:
-                case ast.keyword(arg="default", value=value):
-                    try:
-                        return ast.literal_eval(value)
-                    except ValueError:
-                        return None
-                case ast.keyword(arg="default_factory", value=ast.Name(id="list")):
-                    return []
-    return None
 
 
 # --------------------------------------------------------------------------- reading
@@ -426,7 +362,9 @@ def build_recipe(values: dict[str, Any], name: str = "recipe", source: str = "re
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"{override}: an override is written key.path=value, such as training.num_train_epochs=3")
+        raise RecipeError(
+            f"{override}: an override is written key.path=value, such as training.num_train_epochs=3"
+        )
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -459,7 +397,7 @@ EXPECTED = {
     "too_long": "a list of 2 numbers",
     "missing": "a list of 2 numbers",
 }
-"""What pydantic's kinds of error say that it wanted, in words that need no Python; its own message for the others."""
+"""What pydantic's kinds of error say that it wanted, in plain words; its own message for the others."""
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -516,7 +454,8 @@ def _explain(error: ValidationError, source: str, prefix: tuple[str, ...]) -> st
                     lines[key] = f"{key}: found {found!r}, expected {expected}"
                 elif not lines[key].endswith(expected):
                     lines[key] += f" or {expected}"
-                if kind == "literal_error" and (hint := _nearest(str(found), _words(problem["ctx"]["expected"]))):
+                words = _words(problem["ctx"]["expected"]) if kind == "literal_error" else []
+                if hint := _nearest(str(found), words):
                     lines[key] += f"; did you mean {hint}?"
     return "\n".join(f"{source}: {line}" for line in lines.values())
 
@@ -529,7 +468,8 @@ def _words(expected: str) -> list[str]:
 def _unknown_key(location: tuple[str, ...]) -> str:
     key, name = ".".join(location), location[-1]
     if location[0] == "training" and (name in REFUSED_TRAINING_KEYS or name.startswith(("hub_", "trackio_"))):
-        return f"{key} is not taken here: {REFUSED_TRAINING_KEYS.get(name, 'pushing is configured in `hub:`')}"
+        instead = REFUSED_TRAINING_KEYS.get(name, "pushing is configured in `hub:`")
+        return f"{key} is not taken here: {instead}"
     siblings = _keys_of(location[:-1])
     nearest = _nearest(name, siblings)
     elsewhere = [f"{section}.{name}" for section in _sections() if name in _keys_of([section])]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class RunError(RuntimeError):
-    """The work cannot go on; its text is the whole message for the user: found, expected, what to write instead."""
+    """The work cannot go on; its text is the whole message: found, expected, what to write instead."""
 
 
 class Interrupted(RunError):
@@ -34,7 +34,7 @@ class ClassScore(BaseModel):
 
 
 class CalibrationBin(BaseModel):
-    """Images whose top probability lies in (low, high]: how many, their mean probability, and how many are right."""
+    """Images whose top probability lies in (low, high]: how many, its mean, and the share that is right."""
 
     model_config = ConfigDict(frozen=True)
     low: float
@@ -121,7 +121,8 @@ class Run:
         found = {
             int(match[1]): path
             for path in (self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+            and (path / "trainer_state.json").is_file()
         }
         return found[max(found)] if found else None
 
@@ -135,15 +136,16 @@ class Run:
             raise RunError(f"{self.path}: there is no run to resume; leave out --resume to start one")
         if self.exists() and not resume:
             raise RunError(
-                f"{self.path} already holds a run. Continue it with --resume, or write to another folder with "
-                f"training.output_dir=…"
+                f"{self.path} already holds a run. Continue it with --resume, or write to another folder "
+                f"with training.output_dir=…"
             )
         if not resume and self.path.exists():
             if not self.path.is_dir():
                 raise RunError(f"{self.path} is a file; expected a new or empty folder for the run")
             if any(self.path.iterdir()):
                 raise RunError(
-                    f"{self.path} is not empty and holds no run; write to another folder with training.output_dir=…"
+                    f"{self.path} is not empty and holds no run; write to another folder with "
+                    f"training.output_dir=…"
                 )
 
     def read_provenance(self) -> dict[str, Any]:
@@ -154,8 +156,8 @@ class Run:
         """
         if not self.provenance.is_file():
             raise RunError(
-                f"{self.path}: {self.provenance.name} is missing: the run stopped before its first step. Delete the "
-                f"folder and start it again"
+                f"{self.path}: {self.provenance.name} is missing: the run stopped before its first step. Delete "
+                f"the folder and start it again"
             )
         facts: dict[str, Any] = json.loads(self.provenance.read_text(encoding="utf-8"))
         return facts
@@ -170,8 +172,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps files private; runs are shared like any other file
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp keeps files private; runs are shared like any other
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -196,8 +198,8 @@ def write_json(path: Path, value: Any) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception, or one that it came from, says that no space was left.
 
-    safetensors reports it as text, torch's zip writer as a place in the file that it did not reach; the cause chain
-    is searched.
+    safetensors reports it as text, torch's zip writer as a place in the file that it did not reach; the
+    cause chain is searched.
     """
     seen: BaseException | None = error
     while seen is not None:

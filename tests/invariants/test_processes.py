@@ -50,7 +50,9 @@ def test_one_process_equals_two(folder: Path, tmp_path: Path) -> None:
         file.write_text(recipe.to_yaml(resolved=False))
         result = launch(file, processes)
         assert result.returncode == 0, result.stderr[-3000:]
-        opening = f"{processes} process{'es' if processes > 1 else ''} × {6 // processes} images × 1 accumulation"
+        opening = (
+            f"{processes} process{'es' if processes > 1 else ''} × {6 // processes} images × 1 accumulation"
+        )
         assert result.stderr.count(f"{opening} = 6 images per step") == 1  # only the main process talks
         runs[processes] = Run(tmp_path / f"run{processes}")
     one, two = (load_file(runs[processes].model / "model.safetensors") for processes in (1, 2))

@@ -119,7 +119,7 @@ def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfi
     values = dict(config.config or {})
     model_type = str(values.pop("model_type", "vit"))
     if config.image_size is not None:
-        if values.get("image_size", config.image_size) != config.image_size:
+        if values.get("image_size") not in (None, config.image_size):
             raise RunError("model.image_size and model.config.image_size differ; write one of them")
         values["image_size"] = compact_size(side_lengths(config.image_size))
     try:
@@ -145,6 +145,11 @@ def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfi
         if type(error).__name__ != "StrictDataclassFieldValidationError":
             raise
         raise RunError(f"model.config: {error.__cause__ or error}") from None
+    width, heads = getattr(built, "hidden_size", 0), getattr(built, "num_attention_heads", 1)
+    if (
+        isinstance(heads, int) and width % heads
+    ):  # builds today, but other versions of transformers refuse to load it
+        raise RunError(f"model.config: hidden_size={width} is not a multiple of the {heads} attention heads")
     size = side_lengths(getattr(built, "image_size", None) or 224)
     check_divides(built, size)
     built.image_size = compact_size(size)

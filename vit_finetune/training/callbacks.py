@@ -114,8 +114,8 @@ class StopOnInterrupt(TrainerCallback):
     ) -> None:
         """Undoes what the Trainer does at the end of an epoch where the epoch was only broken off.
 
-        It would evaluate and save once more, in the middle of an epoch, and perhaps choose those weights as the best:
-        the resumed run would end with others than an uninterrupted one.
+        It would evaluate and save once more, in the middle of an epoch, and perhaps choose those weights as
+        the best: the resumed run would end with others than an uninterrupted one.
         """
         if self.interrupted and (state.epoch or 0.0) % 1:
             control.should_evaluate = control.should_save = False
