@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import draw_folder
 
 from vit_finetune.data.folders import ALL, Listing, list_folder, natural_key, walk_files
 from vit_finetune.run import RunError
@@ -202,3 +203,12 @@ def test_walk_does_not_depend_on_the_order_of_the_file_system(
     expected = walk_files(root)
     monkeypatch.setattr(os, "scandir", Backwards)
     assert walk_files(root) == expected == ["cat/1.jpg"]
+
+
+def test_a_file_name_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "p", classes=2, per_class=1)
+    os.rename(
+        os.fsencode(tmp_path / "p" / "blue" / "0.png"), os.fsencode(tmp_path / "p" / "blue") + b"/\xff.png"
+    )
+    with pytest.raises(RunError, match=r"names of 1 file are not UTF-8: 'blue/\\udcff\.png'"):
+        walk_files(tmp_path / "p")

@@ -2,7 +2,7 @@
 
 A recipe is data: sections `data`, `augmentation`, `model`, `training`, `evaluation` and `hub`, each a frozen
 pydantic model that knows its keys. `training` also takes every field of `transformers.TrainingArguments`,
-which `trainer_fields` reads from that class's source text, because importing it takes seconds and loads torch.
+which `trainer_fields` reads from that class's source text, as importing it takes seconds and loads torch.
 """
 
 from __future__ import annotations

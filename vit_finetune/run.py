@@ -156,8 +156,8 @@ class Run:
         """
         if not self.provenance.is_file():
             raise RunError(
-                f"{self.path}: {self.provenance.name} is missing: the run stopped before its first step. Delete "
-                f"the folder and start it again"
+                f"{self.path}: {self.provenance.name} is missing: the run stopped before its first step. "
+                f"Delete the folder and start it again"
             )
         facts: dict[str, Any] = json.loads(self.provenance.read_text(encoding="utf-8"))
         return facts

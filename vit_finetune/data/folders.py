@@ -51,11 +51,18 @@ def walk_files(root: Path) -> list[str]:
     """The files below a folder, as sorted paths with `/`; hidden ones and macOS's `__MACOSX` are passed over.
 
     Links to folders are followed, each real folder once.
+
+    Raises:
+        RunError: a folder that cannot be opened, or a file name that is not UTF-8 and so fits in no report.
     """
+
+    def refuse(error: OSError) -> None:
+        raise RunError(f"{error.filename}: the folder cannot be opened: {error.strerror}") from error
+
     found: list[str] = []
     seen: set[str] = set()
     cut = len(str(root)) + 1
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -66,6 +73,14 @@ def walk_files(root: Path) -> list[str]:
         prefix = folder[cut:].replace(os.sep, "/")
         prefix = f"{prefix}/" if prefix else ""
         found += [prefix + name for name in files if not name.startswith(".")]
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError:
+        odd = [name for name in found if not name.isascii() and "\\udc" in ascii(name)]
+        raise RunError(
+            f"{root}: the names of {_count(len(odd), 'file')} are not UTF-8: {', '.join(map(ascii, odd[:3]))}. "
+            f"Rename them"
+        ) from None
     return sorted(found)
 
 
