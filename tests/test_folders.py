@@ -210,5 +210,5 @@ def test_a_file_name_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     os.rename(
         os.fsencode(tmp_path / "p" / "blue" / "0.png"), os.fsencode(tmp_path / "p" / "blue") + b"/\xff.png"
     )
-    with pytest.raises(RunError, match=r"names of 1 file are not UTF-8: 'blue/\\udcff\.png'"):
+    with pytest.raises(RunError, match=r"1 file names are not UTF-8: 'blue/\\udcff\.png'"):
         walk_files(tmp_path / "p")

@@ -78,8 +78,7 @@ def walk_files(root: Path) -> list[str]:
     except UnicodeEncodeError:
         odd = [name for name in found if not name.isascii() and "\\udc" in ascii(name)]
         raise RunError(
-            f"{root}: the names of {_count(len(odd), 'file')} are not UTF-8: {', '.join(map(ascii, odd[:3]))}. "
-            f"Rename them"
+            f"{root}: {len(odd):,} file names are not UTF-8: {', '.join(map(ascii, odd[:3]))}. Rename them"
         ) from None
     return sorted(found)
 
