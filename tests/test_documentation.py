@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def test_every_verb_of_the_readme_exists() -> None:
     from vit_finetune.cli import app
 
     assert listed == [command.callback.__name__ for command in app.registered_commands]
+
+
+def test_recipes_and_templates_travel_in_the_wheel(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"vit_finetune/recipes/{name}.yaml" for name in bundled_recipes()} <= names
+    assert {"vit_finetune/templates/report.html.jinja", "vit_finetune/templates/model_card.md.jinja"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "runs/", "scripts/"))]
 
 
 def test_the_scripts_are_readable_by_a_shell() -> None:

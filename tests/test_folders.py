@@ -207,8 +207,7 @@ def test_walk_does_not_depend_on_the_order_of_the_file_system(
 
 def test_a_file_name_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     draw_folder(tmp_path / "p", classes=2, per_class=1)
-    os.rename(
-        os.fsencode(tmp_path / "p" / "blue" / "0.png"), os.fsencode(tmp_path / "p" / "blue") + b"/\xff.png"
-    )
+    image = tmp_path / "p" / "blue" / "0.png"
+    image.rename(image.parent / os.fsdecode(b"\xff.png"))
     with pytest.raises(RunError, match=r"1 file names are not UTF-8: 'blue/\\udcff\.png'"):
         walk_files(tmp_path / "p")

@@ -81,11 +81,14 @@ def describe_start(
 def describe_training(trainer: ViTTrainer, metrics: dict[str, float], hardware: Hardware) -> dict[str, Any]:
     """What is known after the last step: seconds, images per second (whole loop), bytes, best checkpoint."""
     state = trainer.state
+    chosen = trainer.args.load_best_model_at_end  # else the last weights are kept, whatever scored best
     return {
         "train_seconds": round(metrics["train_runtime"], 2),
         "images_per_second": round(metrics["train_samples_per_second"], 2),
         "peak_memory_bytes": peak_memory(hardware.use_cpu),
         "steps": state.global_step,
-        "best_step": state.best_global_step,
-        "best_metric": {"name": trainer.args.metric_for_best_model, "value": state.best_metric},
+        "best_step": state.best_global_step if chosen else None,
+        "best_metric": {"name": trainer.args.metric_for_best_model, "value": state.best_metric}
+        if chosen
+        else None,
     }
