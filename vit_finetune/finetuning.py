@@ -95,8 +95,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         if stop.interrupted:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
-                f"Go on "
-                f"with: vit-finetune train {recipe.name} --resume (and the same key=value words)"
+                f"Go on with: {_resuming(command)}"
             )
         if state.is_main_process:
             _save_model(run, model, image_processor)
@@ -203,6 +202,13 @@ def _checkpoint(run: Run) -> str | None:
         else "there is no checkpoint yet: starting from the beginning"
     )
     return str(checkpoint) if checkpoint else None
+
+
+def _resuming(command: str | None) -> str:
+    """What to say to continue a run: the same words, and --resume."""
+    if command is None:
+        return "finetune(recipe, resume=True)"
+    return command if "--resume" in command.split() else f"{command} --resume"
 
 
 def _accumulation(recipe: Recipe) -> int:
