@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
-from transformers.utils import logging
 
 from vit_finetune.console import say, show_table, warn
 from vit_finetune.data.sources import column_values
@@ -28,7 +27,7 @@ from vit_finetune.data.transforms import (
     collate,
 )
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
-from vit_finetune.model.loading import describe_model, load_checkpoint, load_model
+from vit_finetune.model.loading import describe_model, load_checkpoint, load_model, quiet_transformers
 from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.recipe import Recipe, load_recipe
@@ -144,18 +143,13 @@ def check(recipe: Recipe) -> dict[str, Any]:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Without the libraries' own log lines and bars; what matters of them is said by ours."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    data_bars = datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
-        if not data_bars:
             datasets.enable_progress_bars()
 
 

@@ -58,7 +58,7 @@ def load_model(
         model = _class_of(model_config)._from_config(model_config, attn_implementation=attn_implementation)
         return model, build_processor(config, side_lengths(model_config.image_size), None)
     assert config.path is not None
-    with _quiet():
+    with quiet_transformers():
         pretrained = _read_config(config.path, config.revision)
         _check_weights(config.path)
         target = copy.deepcopy(pretrained)
@@ -88,7 +88,7 @@ def load_checkpoint(path: str, revision: str | None = None) -> tuple[PreTrainedM
         RunError: not a model folder, no safetensors weights, or weights that are not exactly the
             model's.
     """
-    with _quiet():
+    with quiet_transformers():
         config = _read_config(path, revision)
         _check_weights(path)
         model, info = _from_pretrained(_class_of(config), path, revision, config, None)
@@ -105,7 +105,7 @@ def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         RunError: a tensor is missing, left over or of another shape.
     """
-    with _quiet():
+    with quiet_transformers():
         _check_weights(str(checkpoint))
         saved, info = _from_pretrained(type(model), str(checkpoint), None, copy.deepcopy(model.config), None)
         _check_fit(str(checkpoint), saved, info, head_may_be_new=False)
@@ -329,8 +329,8 @@ def interpolate_positions(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' load report and bar: `_check_fit` reads the same facts and acts on them."""
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own log lines, load reports and bars; what matters of them is said by us."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
