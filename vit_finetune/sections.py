@@ -1,0 +1,197 @@
+"""The sections of a recipe: closed, immutable models of their keys, with defaults that suit images."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+
+from vit_finetune.trainer_fields import read_trainer_fields
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Section `data:`: where the images are and how they are split."""
+
+    path: str
+    """A folder, an archive (.zip, .tar…), a table (.csv, .jsonl, .parquet), a Hub dataset, or `digits`."""
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    image_column: str | None = None
+    """Column of a table or Hub dataset with the image or its file name; found by name and type if unset."""
+    label_column: str | None = None
+    """Column of a table or Hub dataset that holds the class; found by name and type if unset."""
+    class_folder: Literal["first", "last"] | None = None
+    """Which folder above an image names its class; needed only where folders are nested in two ways."""
+    validation_fraction: Fraction = 0.1
+    """Share of the training images carved out for validation where the data has no validation split."""
+    test_fraction: Fraction = 0.1
+    """Share of the training images carved out for the test where the data has no test split."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which images are carved out; apart from `training.seed`, so that runs stay comparable."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about images that cannot be decoded: stop and list them, or leave them out and say so."""
+
+    @model_validator(mode="after")
+    def _leaves_training_images(self) -> DataConfig:
+        if self.validation_fraction + self.test_fraction >= 0.9:
+            raise ValueError(
+                "validation_fraction + test_fraction must stay below 0.9: something is needed to train on"
+            )
+        return self
+
+
+class AugmentationConfig(Section):
+    """Section `augmentation:`: how training images are varied (torchvision.transforms.v2 on uint8)."""
+
+    crop_scale: tuple[float, float] | None = (0.5, 1.0)
+    """Share of an image's area that a random resized crop keeps; `null` resizes as in evaluation instead."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width by height of the random crop, before it is resized."""
+    horizontal_flip: Probability = 0.5
+    policy: Literal["none", "trivialaugment", "randaugment"] = "none"
+    """TrivialAugmentWide (Müller and Hutter, 2021) or RandAugment (Cubuk et al., 2019)."""
+    randaugment_num_ops: Positive = 2
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    random_erasing: Probability = 0.0
+    """Share of training images with one rectangle painted over in the mean colour (Zhong et al., 2017)."""
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError("must be [low, high] with 0 < low <= high")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_share(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[1] > 1:
+            raise ValueError("is a share of the image's area: at most 1")
+        return value
+
+
+class ModelConfig(Section):
+    """Section `model:`: pretrained from `path`, or from scratch by `config`."""
+
+    path: str | None = None
+    """A Hub id or a checkpoint folder to fine-tune."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub checkpoint."""
+    config: dict[str, Any] | None = None
+    """A configuration to train from scratch, in transformers' names; `model_type` is `vit` if unset."""
+    image_size: Positive | tuple[Positive, Positive] | None = None
+    """Side, or [height, width], in pixels; the checkpoint's own if unset."""
+    resize: Literal["squash", "crop"] | None = None
+    """How evaluation fits an image: squashed to `image_size`, or shortest edge resized and centre cropped;
+    the checkpoint's own way if unset."""
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """With `resize: crop`, the crop's side by the shortest edge it is cut from."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError(
+                "write one of `path` (a checkpoint to fine-tune) and `config` (a model to train from scratch)"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Section `evaluation:`: how splits are scored."""
+
+    batch_size: Positive = 64
+    """Images per device and step when scoring; scores do not depend on it."""
+    num_mistakes: Annotated[int, Field(ge=0, le=200)] = 24
+    """How many of the worst mistakes the report shows."""
+
+
+class HubConfig(Section):
+    """Section `hub:`: what the model card says about the published model."""
+
+    model_id: str | None = None
+    """`owner/name` of the model on the Hub."""
+    license: str | None = None
+    """Licence identifier of the published weights, such as `apache-2.0`."""
+    tags: list[str] = []
+
+
+class TrainingConfig(Section):
+    """Section `training:`: TrainingArguments' fields, with defaults that suit images, and ours.
+
+    The fields below are those whose defaults differ from the Trainer's or that it lacks; `training_section()`
+    adds the others. `auto` is decided for the machine by `training.hardware`.
+    """
+
+    output_dir: str | None = None
+    """The run folder; `runs/<recipe name>` if unset."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 5.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.05
+    """Steps, or below 1 a share of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of each layer by that of the layer above it (Bao et al., 2021, BEiT); 1 is off."""
+    label_smoothing_factor: Fraction = 0.0
+    per_device_train_batch_size: Positive | Literal["auto"] = 32
+    gradient_accumulation_steps: Positive = 1
+    bf16: bool | Literal["auto"] = "auto"
+    fp16: bool | Literal["auto"] = "auto"
+    dataloader_num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    use_cpu: bool = False
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: Positive | None = 2
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "accuracy"
+    optim: str = "adamw_torch_fused"
+    logging_steps: Annotated[float, Field(gt=0)] = 10
+    report_to: str | list[str] | None = "none"
+    seed: int = 42
+
+
+REFUSED_TRAINING_KEYS = {
+    "push_to_hub": "pushing is configured in `hub:`",
+    "per_device_eval_batch_size": "write evaluation.batch_size",
+    "resume_from_checkpoint": "use `vit-finetune train --resume`",
+    "remove_unused_columns": "the image columns are always kept",
+    "label_names": "the label column is data.label_column",
+    "disable_tqdm": "progress goes to the terminal where there is one",
+    "activation_checkpointing": "write gradient_checkpointing",
+    "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs",
+    "auto_find_batch_size": "write per_device_train_batch_size: auto",
+    "do_train": "use the verbs `train` and `evaluate`",
+    "do_eval": "use the verbs `train` and `evaluate`",
+    "do_predict": "use the verbs `train` and `predict`",
+    "local_rank": "the launcher sets it",
+}
+"""Fields of TrainingArguments that a recipe says elsewhere or not at all; and what to write."""
+
+
+@functools.cache
+def training_section() -> type[TrainingConfig]:
+    """`TrainingConfig` with the other fields of the installed `transformers.TrainingArguments`."""
+    fields: dict[str, Any] = {}
+    for name, (kind, default) in read_trainer_fields().items():
+        if name.startswith(("hub_", "trackio_")) or name in REFUSED_TRAINING_KEYS:
+            continue
+        ours = TrainingConfig.model_fields.get(name)
+        if ours is None:
+            fields[name] = (kind, default)
+        elif get_args(kind):  # one of a few words: the Trainer's words, our default
+            fields[name] = (kind, ours.default)
+    return create_model("TrainingConfig", __base__=TrainingConfig, __module__=__name__, **fields)
