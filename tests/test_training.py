@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import TINY_VIT
+from conftest import TINY_VIT, tiny_recipe
 from transformers import PreTrainedModel
 
 from vit_finetune.model.loading import load_model
@@ -146,3 +148,10 @@ def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RunError, match="2 processes, but 1"):
         check_world(1)
     check_world(2)
+
+
+def test_a_tracker_that_is_not_installed_is_named(folder: Path, tmp_path: Path) -> None:
+    from invariants.test_exactness import build_trainer
+
+    with pytest.raises(RunError, match="report_to: wandb is not installed"):
+        build_trainer(tiny_recipe(folder, tmp_path, training={"report_to": "wandb"}), tmp_path / "c")

@@ -72,8 +72,6 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         )
         arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
-        if state.is_main_process:
-            _open(run, recipe, data, train, provenance)
         stop = StopOnInterrupt()
         trainer = ViTTrainer(
             model,
@@ -87,6 +85,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
                 ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes),
             ],
         )
+        if state.is_main_process:
+            _open(run, recipe, data, train, provenance)
         try:
             result = trainer.train(resume_from_checkpoint=_checkpoint(run) if resume else None)
         finally:

@@ -157,7 +157,8 @@ class TrainingConfig(Section):
     save_strategy: str = "epoch"
     save_total_limit: Positive | None = 2
     load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "accuracy"
+    metric_for_best_model: Literal["accuracy", "macro_f1", "balanced_accuracy", "loss"] = "accuracy"
+    """Of the validation images; chooses the published weights."""
     optim: str = "adamw_torch_fused"
     logging_steps: Annotated[float, Field(gt=0)] = 10
     report_to: str | list[str] | None = "none"

@@ -58,17 +58,18 @@ def load_model(
         model = _class_of(model_config)._from_config(model_config, attn_implementation=attn_implementation)
         return model, build_processor(config, side_lengths(model_config.image_size), None)
     assert config.path is not None
+    path = _expanded(config.path)
     with quiet_transformers():
-        pretrained = _read_config(config.path, config.revision)
-        _check_weights(config.path)
+        pretrained = _read_config(path, config.revision)
+        _check_weights(path)
         target = copy.deepcopy(pretrained)
         _set_labels(target, labels)
         own_head = dict(pretrained.id2label) == dict(target.id2label)
         model, info = _from_pretrained(
-            _class_of(pretrained), config.path, config.revision, target, attn_implementation
+            _class_of(pretrained), path, config.revision, target, attn_implementation
         )
-        _check_fit(config.path, model, info, head_may_be_new=not own_head)
-        processor = read_processor(config.path, config.revision)
+        _check_fit(path, model, info, head_may_be_new=not own_head)
+        processor = read_processor(path, config.revision)
     old_size = side_lengths(getattr(pretrained, "image_size", None) or processor_size(processor))
     new_size = side_lengths(config.image_size) if config.image_size else old_size
     check_divides(pretrained, new_size)
@@ -88,6 +89,7 @@ def load_checkpoint(path: str, revision: str | None = None) -> tuple[PreTrainedM
         RunError: not a model folder, no safetensors weights, or weights that are not exactly the
             model's.
     """
+    path = _expanded(path)
     with quiet_transformers():
         config = _read_config(path, revision)
         _check_weights(path)
@@ -188,6 +190,11 @@ def _read_config(path: str, revision: str | None) -> PreTrainedConfig:
             f"{path}: no such model folder, and not to be had from the Hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})"
         ) from error
+
+
+def _expanded(path: str) -> str:
+    """A path with `~` resolved; a Hub id as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _check_weights(path: str) -> None:

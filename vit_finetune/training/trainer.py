@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
 from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
@@ -63,9 +64,13 @@ def build_arguments(
         if name in values:
             values[name.replace("gradient", "activation")] = values.pop(name)
     try:
-        return ViTTrainingArguments(**values)
+        arguments = ViTTrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise RunError(f"training: {error}") from error
+    for name in arguments.report_to:
+        if name not in get_available_reporting_integrations():
+            raise RunError(f"training.report_to: {name} is not installed here; install it, or write `none`")
+    return arguments
 
 
 class ViTTrainer(Trainer):
