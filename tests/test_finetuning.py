@@ -58,7 +58,7 @@ def test_without_a_test_split_the_report_says_so(
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
     """A real signal to a real process; the resumed run ends as an uninterrupted one does."""
-    options = {"num_train_epochs": 60, "logging_steps": 1}
+    options = {"num_train_epochs": 60, "logging_steps": 1, "save_total_limit": 1}
     file = tmp_path / "tiny.yaml"
     run = Run(tmp_path / "run")
     file.write_text(tiny_recipe(folder, run.path, training=options).to_yaml(resolved=False))
@@ -106,6 +106,14 @@ def test_resuming_is_refused_where_it_would_be_another_run(folder: Path, tmp_pat
     assert before == {
         path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()
     }
+
+
+@pytest.mark.slow
+def test_training_that_diverges_says_so(folder: Path, tmp_path: Path) -> None:
+    training = {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0}
+    with pytest.raises(RunError, match=r"diverged.*learning_rate"):
+        finetune(tiny_recipe(folder, tmp_path / "run", training=training))
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.slow

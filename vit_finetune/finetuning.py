@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from torchvision.utils import make_grid, save_image
@@ -298,6 +299,11 @@ def _save_augmented(run: Run, train: TrainingImages, images: int = 6, epochs: in
 
 
 def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    if not np.isfinite(prediction.predictions).all():
+        raise RunError(
+            "training diverged: the model answers with NaN or infinity. Lower training.learning_rate, or "
+            "raise training.warmup_steps"
+        )
     return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
 
 

@@ -120,6 +120,10 @@ def predict_probabilities(
             mine.append(model(pixel_values=pixel_values).logits.float().softmax(dim=-1).cpu().numpy())
             advance(len(pixel_values))
     rows = np.concatenate(mine) if mine else np.zeros((0, model.config.num_labels), np.float32)
+    if np.isnan(rows).any():
+        raise RunError(
+            "the model answers with NaN: its weights are broken. Train again with a lower learning rate"
+        )
     if world == 1:
         return rows
     parts = gather_object([rows])

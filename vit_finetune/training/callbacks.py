@@ -104,10 +104,12 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Asks for a checkpoint and the end where Ctrl-C was pressed."""
+        """Asks for a checkpoint and the end."""
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+            # With a limit of 1 the Trainer ends by deleting all checkpoints but the best, the newest too.
+            args.save_total_limit = None
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
