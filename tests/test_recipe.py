@@ -48,6 +48,8 @@ def test_exponents_are_numbers_in_files_and_overrides(written: str) -> None:
     in_file = load_recipe(write(SMALLEST + f"training: {{learning_rate: {written}}}"))
     overridden = load_recipe(write(SMALLEST), [f"training.learning_rate={written}"])
     assert in_file.training.learning_rate == overridden.training.learning_rate == 1e-4
+    free = load_recipe(write(SMALLEST), [f"training.lr_scheduler_kwargs={{min_lr: {written}}}"])
+    assert free.training.lr_scheduler_kwargs == {"min_lr": 1e-4}  # where no type turns text into a number
 
 
 def test_a_name_that_only_looks_like_an_exponent_stays_text() -> None:
@@ -224,8 +226,13 @@ def test_files_that_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("written", ["no", "'no'", "false"])
 def test_bare_no_is_a_strategy(written: str) -> None:
-    recipe = load_recipe(write(SMALLEST + f"training: {{eval_strategy: {written}}}"))
-    assert recipe.training.eval_strategy == "no"
+    file = write(SMALLEST + f"training: {{eval_strategy: {written}, load_best_model_at_end: false}}")
+    assert load_recipe(file).training.eval_strategy == "no"
+
+
+def test_the_best_checkpoint_needs_evaluations_where_it_saves() -> None:
+    said = refusal(SMALLEST, "training.eval_strategy=steps")
+    assert "eval_strategy is steps and save_strategy is epoch. Write the same for both" in said
 
 
 def test_refused_training_keys_say_what_to_write() -> None:

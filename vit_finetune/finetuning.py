@@ -74,6 +74,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
         stop = StopOnInterrupt()
+        display = ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes)
         trainer = ViTTrainer(
             model,
             image_processor,
@@ -81,10 +82,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             train,
             EvaluationImages(data.splits["validation"], image_processor),
             compute_metrics=_validation_metrics,
-            callbacks=[
-                stop,
-                ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes),
-            ],
+            callbacks=[stop, display],
         )
         if state.is_main_process:
             _open(run, recipe, data, train, provenance)
@@ -92,6 +90,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             result = trainer.train(resume_from_checkpoint=_checkpoint(run) if resume else None)
         finally:
             stop.stop_listening()
+            display.bar.stop()  # also where training failed, or the bar would be drawn below the error
         if stop.interrupted:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
@@ -272,11 +271,17 @@ def _show_classes(data: PreparedData) -> None:
 def _open(
     run: Run, recipe: Recipe, data: PreparedData, train: TrainingImages, provenance: dict[str, Any]
 ) -> None:
-    """Writes what is known before the first step."""
-    write_text(run.recipe, recipe.to_yaml())
-    write_json(run.provenance, provenance)
-    save_splits(data.splits, run)
-    _save_augmented(run, train)
+    """Writes what is known before the first step; leaves no half-made run where it cannot."""
+    new = not run.exists()
+    try:
+        write_json(run.provenance, provenance)
+        save_splits(data.splits, run)
+        _save_augmented(run, train)
+        write_text(run.recipe, recipe.to_yaml())  # last: a folder with a recipe is a run
+    except BaseException:
+        if new:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def _save_augmented(run: Run, train: TrainingImages, images: int = 6, epochs: int = 7) -> None:

@@ -164,6 +164,16 @@ class TrainingConfig(Section):
     report_to: str | list[str] | None = "none"
     seed: int = 42
 
+    @model_validator(mode="after")
+    def _saves_where_it_evaluates(self) -> TrainingConfig:
+        if self.load_best_model_at_end and self.save_strategy not in ("best", self.eval_strategy):
+            raise ValueError(
+                f"the best checkpoint can only be chosen where checkpoints are saved when they are "
+                f"evaluated, but eval_strategy is {self.eval_strategy} and save_strategy is "
+                f"{self.save_strategy}. Write the same for both, or load_best_model_at_end: false"
+            )
+        return self
+
 
 REFUSED_TRAINING_KEYS = {
     "push_to_hub": "pushing is configured in `hub:`",

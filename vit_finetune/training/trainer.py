@@ -57,8 +57,11 @@ def build_arguments(
         "label_names": ["labels"],
         "disable_tqdm": True,  # our own bar shows loss and images/s
     }
-    values.setdefault("dataloader_pin_memory", not hardware.use_cpu)
-    values.setdefault("dataloader_persistent_workers", hardware.num_workers > 0)
+    # A resolved recipe sets every field, so these follow the machine, not whether they were written.
+    values["dataloader_pin_memory"] = (
+        getattr(training, "dataloader_pin_memory", True) and not hardware.use_cpu
+    )
+    values["dataloader_persistent_workers"] = hardware.num_workers > 0
     # The Trainer's new name for it; the old one warns.
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in values:
