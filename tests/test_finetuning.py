@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_folder, tiny_recipe
+from conftest import draw_folder, draw_image, tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from vit_finetune.evaluation.scoring import evaluate
 from vit_finetune.finetuning import check, finetune
 from vit_finetune.run import Report, Run, RunError
 
@@ -99,6 +100,8 @@ def test_resuming_is_refused_where_it_would_be_another_run(folder: Path, tmp_pat
             tiny_recipe(folder, tmp_path / "run", training={"max_steps": 2, "learning_rate": 0.1}),
             resume=True,
         )
+    assert finetune(recipe, resume=True).path == tmp_path / "run"  # finished: nothing to do
+    (tmp_path / "run" / "report.html").unlink()  # as if it had died while scoring
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     (folder / "red" / "0.png").unlink()
     with pytest.raises(RunError, match="not those that the run was started with"):
@@ -106,6 +109,17 @@ def test_resuming_is_refused_where_it_would_be_another_run(folder: Path, tmp_pat
     assert before == {
         path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()
     }
+
+
+@pytest.mark.slow
+def test_evaluate_refuses_a_test_split_that_would_be_another(folder: Path, tmp_path: Path) -> None:
+    run = finetune(tiny_recipe(folder, tmp_path / "run", training={"max_steps": 2}))
+    assert evaluate(run.path) == Report.load(run.report("test")).model_copy(
+        update={"worst_mistakes": evaluate(run.path).worst_mistakes}
+    )
+    draw_image((210, 40, 50), 99).save(folder / "red" / "new.png")
+    with pytest.raises(RunError, match="images have changed since it was trained"):
+        evaluate(run.path)
 
 
 @pytest.mark.slow

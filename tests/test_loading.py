@@ -59,6 +59,16 @@ def test_only_the_head_is_new_and_the_rest_is_the_checkpoints(checkpoint: Path) 
     assert model.config.problem_type == "single_label_classification"
 
 
+@pytest.mark.parametrize("labels", [["x", "y", "z"], ["c", "b", "a"]])
+def test_as_many_other_classes_get_a_new_head(checkpoint: Path, labels: list[str]) -> None:
+    old = ViTForImageClassification.from_pretrained(checkpoint).state_dict()
+    model, _ = load_model(ModelConfig(path=str(checkpoint)), labels)
+    new = model.state_dict()
+    changed = [name for name in new if not new[name].equal(old[name])]
+    assert changed == ["classifier.weight"]  # the bias is 0 in both
+    assert 0.01 < new["classifier.weight"].std() < 0.03  # ViTConfig's initializer_range is 0.02
+
+
 def test_the_same_classes_keep_the_head(checkpoint: Path) -> None:
     old = ViTForImageClassification.from_pretrained(checkpoint).state_dict()
     model, _ = load_model(ModelConfig(path=str(checkpoint)), ["a", "b", "c"])

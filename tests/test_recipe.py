@@ -313,3 +313,7 @@ def test_a_recipe_that_is_not_there_is_named_with_the_nearest() -> None:
 def test_a_file_goes_before_a_bundled_recipe_of_its_name() -> None:
     Path("digits").write_text(SMALLEST)
     assert load_recipe("digits").data.path == "photos"
+
+
+def test_a_number_sign_in_an_override_is_no_comment() -> None:
+    assert load_recipe("digits", ["data.path=my photos #2"]).data.path == "my photos #2"

@@ -209,4 +209,7 @@ def _leave_world() -> None:
 
 def main() -> None:
     """The command `vit-finetune`."""
-    app(prog_name="vit-finetune")
+    try:
+        app(prog_name="vit-finetune")
+    except KeyboardInterrupt:  # before the work began
+        sys.exit(130)

@@ -59,6 +59,9 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     run = Run(recipe.output_dir)
     run.check_free(resume)
     before = _same_as_before(recipe, run) if resume else None
+    if before and run.report_html.is_file():
+        say(f"{run.path} is finished already: {run.report_html}")
+        return run
     with _quiet_libraries(), _world(recipe) as state:
         with state.main_process_first():
             data = prepare_splits(recipe.data)
@@ -73,6 +76,9 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         )
         arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
+        if state.is_main_process:
+            _open(run, recipe, data, train, provenance)
+        state.wait_for_everyone()
         stop = StopOnInterrupt()
         display = ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes)
         trainer = ViTTrainer(
@@ -84,21 +90,21 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             compute_metrics=_validation_metrics,
             callbacks=[stop, display],
         )
-        if state.is_main_process:
-            _open(run, recipe, data, train, provenance)
         try:
             result = trainer.train(resume_from_checkpoint=_checkpoint(run) if resume else None)
         finally:
             stop.stop_listening()
             display.bar.stop()  # also where training failed, or the bar would be drawn below the error
+        provenance |= describe_training(trainer, result.metrics, hardware, before)
         if stop.interrupted:
+            if state.is_main_process:
+                write_json(run.provenance, provenance)
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
                 f"Go on with: {_resuming(command)}"
             )
         if state.is_main_process:
             _save_model(run, model, image_processor)
-            provenance |= describe_training(trainer, result.metrics, hardware)
             write_json(run.history, trainer.state.log_history)
             write_json(run.provenance, provenance)
         state.wait_for_everyone()
@@ -273,6 +279,13 @@ def _open(
 ) -> None:
     """Writes what is known before the first step; leaves no half-made run where it cannot."""
     new = not run.exists()
+    if new:
+        try:
+            run.checkpoints.mkdir(parents=True)  # whoever makes it has the folder
+        except FileExistsError:
+            raise RunError(
+                f"{run.path}: another process has just begun a run there; set training.output_dir=…"
+            ) from None
     try:
         write_json(run.provenance, provenance)
         save_splits(data.splits, run)

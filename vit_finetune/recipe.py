@@ -196,6 +196,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{override}: the value is not valid YAML: {_yaml_problem(error)}") from None
+    if " #" in text and not text.lstrip().startswith(("'", '"', "[", "{")):
+        value = text  # on a command line a number sign begins no comment
     *parents, last = key.split(".")
     for parent in parents:
         if values.get(parent) is None:

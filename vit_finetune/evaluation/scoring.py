@@ -23,7 +23,7 @@ from vit_finetune.console import progress
 from vit_finetune.data.checkup import leave_out_unreadable
 from vit_finetune.data.folders import ALL
 from vit_finetune.data.sources import column_values, load_source, with_labels
-from vit_finetune.data.splits import prepare_splits
+from vit_finetune.data.splits import fingerprint, prepare_splits
 from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, normalize
 from vit_finetune.evaluation.metrics import (
     build_metrics,
@@ -236,7 +236,8 @@ def evaluate(
     """
     run = Run(target)
     if run.exists():
-        own = load_recipe(run.recipe).data
+        recipe = load_recipe(run.recipe)
+        own, config = recipe.data, config or recipe.evaluation
         model, image_processor = load_checkpoint(str(run.model))
     else:
         own = None
@@ -249,8 +250,10 @@ def evaluate(
                 f"{target} is a model, not a run: say which images to score it on with --data PATH"
             )
         splits = prepare_splits(own).splits
+        _check_same_images(run, splits, split)
     else:
-        source, _ = leave_out_unreadable(load_source(DataConfig(path=data)), DataConfig(path=data))
+        other = own.model_copy(update={"path": data}) if own else DataConfig(path=data)
+        source, _ = leave_out_unreadable(load_source(other), other)
         splits = source.splits
         split = ALL if list(splits) == [ALL] else split
     if split not in splits:
@@ -259,6 +262,16 @@ def evaluate(
     return score(
         model, image_processor, with_labels(splits[split], labels), split, config or EvaluationConfig()
     ).report
+
+
+def _check_same_images(run: Run, splits: datasets.DatasetDict, split: str) -> None:
+    """Raises RunError where a split carved today is not the run's: it may hold images trained on."""
+    then = run.read_provenance()["data"]["splits"].get(split)
+    if then and split in splits and fingerprint(splits[split]) != then["fingerprint"]:
+        raise RunError(
+            f"{run.path}: its images have changed since it was trained, so the {split} split would be another "
+            f"one, and perhaps hold images trained on. Bring the old images back, or score others with --data"
+        )
 
 
 def _check_classes(known: Sequence[str], found: Sequence[str], where: str) -> None:

@@ -69,6 +69,8 @@ def load_model(
             _class_of(pretrained), path, config.revision, target, attn_implementation
         )
         _check_fit(path, model, info, head_may_be_new=not own_head)
+        if not own_head:
+            _renew_head(model)
         processor = read_processor(path, config.revision)
     old_size = side_lengths(getattr(pretrained, "image_size", None) or processor_size(processor))
     new_size = side_lengths(config.image_size) if config.image_size else old_size
@@ -236,6 +238,17 @@ def _from_pretrained(
             raise
         raise RunError(f"{path}: the weights file is damaged: {error}") from error
     return model, info
+
+
+def _renew_head(model: PreTrainedModel) -> None:
+    """Draws the weights outside the encoder anew: a head of as many other classes would load in silence."""
+    base = model.base_model_prefix
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own and name != base and not name.startswith(f"{base}."):
+            for parameter in own:
+                parameter.__dict__.pop("_is_hf_initialized", None)  # or it would be taken for loaded
+            model._init_weights(module)
 
 
 def _check_fit(path: str, model: PreTrainedModel, info: dict[str, Any], head_may_be_new: bool) -> None:

@@ -78,12 +78,14 @@ def describe_start(
     return facts
 
 
-def describe_training(trainer: ViTTrainer, metrics: dict[str, float], hardware: Hardware) -> dict[str, Any]:
+def describe_training(
+    trainer: ViTTrainer, metrics: dict[str, float], hardware: Hardware, before: dict[str, Any] | None
+) -> dict[str, Any]:
     """What is known after the last step: seconds, images per second (whole loop), bytes, best checkpoint."""
     state = trainer.state
     chosen = trainer.args.load_best_model_at_end  # else the last weights are kept, whatever scored best
     return {
-        "train_seconds": round(metrics["train_runtime"], 2),
+        "train_seconds": round(metrics["train_runtime"] + (before or {}).get("train_seconds", 0.0), 2),
         "images_per_second": round(metrics["train_samples_per_second"], 2),
         "peak_memory_bytes": peak_memory(hardware.use_cpu),
         "steps": state.global_step,
