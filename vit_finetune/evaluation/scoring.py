@@ -269,8 +269,9 @@ def _check_same_images(run: Run, splits: datasets.DatasetDict, split: str) -> No
     then = run.read_provenance()["data"]["splits"].get(split)
     if then and split in splits and fingerprint(splits[split]) != then["fingerprint"]:
         raise RunError(
-            f"{run.path}: its images have changed since it was trained, so the {split} split would be another"
-            f" one, and perhaps hold images trained on. Bring the old images back, or score others with --data"
+            f"{run.path}: its images have changed since it was trained, so the {split} split would be "
+            f"another one, and perhaps hold images trained on. Bring the old images back, or score others "
+            f"with --data"
         )
 
 
