@@ -110,8 +110,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         state.wait_for_everyone()
         reports = _score(run, recipe, data.splits, model.device, state.is_main_process)
         if state.is_main_process:
-            write_report(run)
             write_card(run)
+            write_report(run)  # last: a run with a report is finished
             _show_reports(reports, run)
         state.wait_for_everyone()
     return run
