@@ -43,6 +43,23 @@ class DataConfig(Section):
     """Decides which images are carved out; apart from `training.seed`, so that runs stay comparable."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do about images that cannot be decoded: stop and list them, or leave them out and say so."""
+    exclude: str | None = None
+    """A `findings.json` that `vit-finetune check` wrote: the images it would exclude are left out."""
+    group: str | None = None
+    """Images of one group are never carved apart: a column of a table or Hub dataset, or a regular expression
+    whose match in an image's id (its first parenthesis, where there is one) names the group."""
+    fold: str | None = None
+    """`2/5`: the second of five equal parts of the training images is the validation split."""
+    per_class: Positive | None = None
+    """At most so many training images of each class, chosen by `split_seed` (few-shot)."""
+    splits: str | None = None
+    """A run, or its `splits/` folder, whose splits to repeat."""
+    streaming: bool = False
+    """Read shards (WebDataset, Parquet, a Hub dataset) from front to back; nothing is kept on disk."""
+    shuffle_buffer: Positive = 2000
+    """Images that a streamed epoch is shuffled among, beside the order of its shards."""
+    cache: str = "auto"
+    """Keep training images shrunk to just above training size: `auto` where it pays, `off`, or a folder."""
 
     @model_validator(mode="after")
     def _leaves_training_images(self) -> DataConfig:
