@@ -21,6 +21,7 @@ from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_checkpoint, load_model, restore_weights
 from vit_finetune.recipe import EvaluationConfig, ModelConfig, Recipe
 from vit_finetune.training.hardware import choose_hardware
+from vit_finetune.training.loading import choose_loading
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
 DROPOUT = {"config": {**TINY_VIT, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.1}}
@@ -36,11 +37,13 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     torch.manual_seed(recipe.training.seed)
     model, processor = load_model(recipe.model, splits["train"].features["label"].names)
     hardware = choose_hardware(recipe.training, recipe.model, model)
+    images = TrainingImages(splits["train"], processor, recipe.augmentation, recipe.training.seed)
+    loading = choose_loading(recipe.training, "off", images, model, processor, hardware)
     return ViTTrainer(
         model,
         processor,
-        build_arguments(recipe.training, hardware, output_dir, recipe.evaluation.batch_size),
-        TrainingImages(splits["train"], processor, recipe.augmentation, recipe.training.seed),
+        build_arguments(recipe.training, hardware, loading, output_dir, recipe.evaluation.batch_size),
+        images,
         EvaluationImages(splits["validation"], processor),
         compute_metrics=lambda prediction: {
             "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())

@@ -1,4 +1,4 @@
-"""Precision, attention kernel, loader processes and batch size: chosen for this machine, with the reason."""
+"""Precision, attention kernel and batch size: chosen for this machine, with the reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class Hardware:
     bf16: bool
     fp16: bool
     attn_implementation: str
-    num_workers: int
     batch_size: int
     """Images per device and step."""
     choices: list[Choice] = field(default_factory=list)
@@ -78,12 +77,8 @@ def choose_hardware(
         config = config.model_copy(update={"attn_implementation": chosen["attention"]})
     bf16, fp16, precision = _choose_precision(training, model, use_cpu)
     attention = _choose_attention(config, model, use_cpu, bf16)
-    workers = _choose_workers(training, use_cpu)
     batch = _choose_batch(training, model, use_cpu)
-    return Hardware(
-        use_cpu, bf16, fp16, attention.value, int(workers.value), int(batch.value),
-        [precision, attention, workers, batch],
-    )  # fmt: skip
+    return Hardware(use_cpu, bf16, fp16, attention.value, int(batch.value), [precision, attention, batch])
 
 
 def _choose_precision(
@@ -149,17 +144,6 @@ def _choose_attention(config: ModelConfig, model: PreTrainedModel, use_cpu: bool
             "attention", "eager", "on CPUs in bf16 plain matrix products are faster than the fused kernel"
         )
     return Choice("attention", "sdpa", "the fused kernel")
-
-
-def _choose_workers(training: TrainingConfig, use_cpu: bool) -> Choice:
-    if training.dataloader_num_workers != "auto":
-        return Choice("loader processes", str(training.dataloader_num_workers), "the recipe says so")
-    if use_cpu:
-        return Choice("loader processes", "0", "they would take the cores that compute")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = max(1, min(8, cores // here - 1))
-    return Choice("loader processes", str(count), f"{cores} cores for {here} processes on this machine")
 
 
 def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: bool) -> Choice:
