@@ -17,14 +17,13 @@ from vit_finetune.data.splits import load_splits
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import load_model
 from vit_finetune.training import loading
-from vit_finetune.training.hardware import Hardware, choose_hardware
+from vit_finetune.training.hardware import Hardware, choose_hardware, measure_step
 from vit_finetune.training.loading import (
     Loading,
     Speeds,
     choose_loading,
     describe_waiting,
     measure_reading,
-    measure_step,
     waiting_seconds,
 )
 
@@ -51,7 +50,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
         training = tiny_recipe("x", "y", training={"num_train_epochs": 10, **keys}).training
         fake: Any = range(images)
         nothing: Any = None
-        return choose_loading(training, cache, fake, nothing, nothing, hardware, before)
+        return choose_loading(training, cache, fake, nothing, hardware, before)
 
     return choose
 
@@ -147,7 +146,7 @@ def test_measuring_reading_finds_real_costs(
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_measuring_the_step_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     recipe = tiny_recipe("x", tmp_path)
-    model, processor = load_model(recipe.model, ["a", "b"])
+    model, _ = load_model(recipe.model, ["a", "b"])
     if kind == "resnet":  # its batch norms would learn
         config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=2)
         config.image_size = 32
@@ -156,7 +155,7 @@ def test_measuring_the_step_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert 0 < measure_step(model, processor, hardware) < 1
+    assert 0 < measure_step(model, hardware.device, hardware.autocast, 8) < 1
     assert torch.equal(state, torch.get_rng_state()) and model.training
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -193,7 +192,10 @@ def test_the_verdict_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_trainer_counts_what_it_waits_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = build_trainer(tiny_recipe(folder, tmp_path, training={"num_train_epochs": 1}), tmp_path / "run")
+    trainer = build_trainer(
+        tiny_recipe(folder, tmp_path, training={"num_train_epochs": 1, "dataloader_num_workers": 0}),
+        tmp_path / "run",
+    )
     opened = trainer.train_dataset.files.open
 
     def open_slowly(index: int) -> Any:

@@ -75,7 +75,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         train = TrainingImages(
             data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
         )
-        loading = _choose_loading(recipe, train, model, image_processor, hardware, before)
+        loading = _choose_loading(recipe, train, model, hardware, before)
         _show_plan(recipe, data, model, hardware, state.num_processes)
         if loading.cache:
             train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
@@ -143,7 +143,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         train = TrainingImages(
             data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
         )
-        _choose_loading(recipe, train, model, image_processor, hardware, None)
+        _choose_loading(recipe, train, model, hardware, None)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
         facts = _show_plan(recipe, data, model, hardware, state.num_processes)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
@@ -181,14 +181,11 @@ def _choose_loading(
     recipe: Recipe,
     train: TrainingImages,
     model: PreTrainedModel,
-    image_processor: BaseImageProcessor,
     hardware: Hardware,
     before: dict[str, Any] | None,
 ) -> Loading:
     """How images are loaded, the same in every process; its choices join the machine's."""
-    loading = choose_loading(
-        recipe.training, recipe.data.cache, train, model, image_processor, hardware, before
-    )
+    loading = choose_loading(recipe.training, recipe.data.cache, train, model, hardware, before)
     shared: list[Loading] = broadcast_object_list([loading])  # each process measured, the main one decides
     hardware.choices += shared[0].choices
     return shared[0]

@@ -38,7 +38,7 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     model, processor = load_model(recipe.model, splits["train"].features["label"].names)
     hardware = choose_hardware(recipe.training, recipe.model, model)
     images = TrainingImages(splits["train"], processor, recipe.augmentation, recipe.training.seed)
-    loading = choose_loading(recipe.training, "off", images, model, processor, hardware)
+    loading = choose_loading(recipe.training, "off", images, model, hardware)
     return ViTTrainer(
         model,
         processor,

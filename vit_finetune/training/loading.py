@@ -10,24 +10,21 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vit_finetune.data.archives import cache_dir
 from vit_finetune.data.cache import CachedImage, cached_edge, shrink
-from vit_finetune.data.transforms import TrainingImages, TrainingIndex, normalize
+from vit_finetune.data.transforms import TrainingImages, TrainingIndex
 from vit_finetune.recipe import TrainingConfig
-from vit_finetune.training.hardware import Choice, Hardware, image_size_of
+from vit_finetune.training.hardware import Choice, Hardware, measure_step
 
 READING_SECONDS = 0.25
 """How long reading is measured for, from the files and once more from the cache."""
-STEP_SECONDS = 0.5
-"""How long the training step is measured for, beside warming up."""
 WORTH = 0.1
 """Share of the training time from which waiting for images is worth a remedy."""
 HEADROOM = 1.25
@@ -73,7 +70,6 @@ def choose_loading(
     cache: str,
     images: TrainingImages,
     model: PreTrainedModel,
-    image_processor: BaseImageProcessor,
     hardware: Hardware,
     before: dict[str, Any] | None = None,
 ) -> Loading:
@@ -86,11 +82,11 @@ def choose_loading(
         cache: the recipe's `data.cache`.
         images: to be read.
         model: to be trained; is moved to the training device.
-        image_processor: the model's.
         hardware: what was chosen so far.
         before: provenance of the run that is resumed; its cache, which changes pixels a little, is kept.
     """
-    speeds = Speeds(*measure_reading(images), measure_step(model, image_processor, hardware))
+    step = measure_step(model, hardware.device, hardware.autocast, hardware.batch_size)
+    speeds = Speeds(*measure_reading(images), step)
     cores = cores_here()
     workers = _choose_workers(training, hardware.use_cpu, speeds.read, speeds.step, cores)
     kept = _choose_cache(cache, training, len(images), speeds, int(workers.value), cores, before)
@@ -233,46 +229,6 @@ def _seconds_each(work: Callable[[int], Any], rows: list[int]) -> tuple[float, l
         if time.perf_counter() - start > READING_SECONDS:
             break
     return (time.perf_counter() - start) / len(done), done
-
-
-def measure_step(model: PreTrainedModel, image_processor: BaseImageProcessor, hardware: Hardware) -> float:
-    """Seconds an image of forward and backward, on a batch like the recipe's, in the chosen precision."""
-    device = torch.device("cpu") if hardware.use_cpu else torch.accelerator.current_accelerator()
-    assert device is not None
-    model.to(device)
-    was_training = model.training
-    model.eval()  # so that batch norms learn nothing from it
-    dtype = torch.bfloat16 if hardware.bf16 else torch.float16 if hardware.fp16 else None
-    precision = torch.autocast(device.type, dtype) if dtype else nullcontext()
-    gpus = [torch.cuda.current_device()] if device.type == "cuda" else []
-
-    def step(count: int) -> float:
-        shape = (count, model.config.num_channels, *image_size_of(model))
-        batch = torch.zeros(shape, dtype=torch.uint8, device=device)
-        _synchronize(device)
-        start = time.perf_counter()
-        with precision:
-            loss = model(pixel_values=normalize(batch, image_processor)).logits.float().square().mean()
-        loss.backward()
-        _synchronize(device)
-        return time.perf_counter() - start
-
-    with torch.random.fork_rng(gpus):
-        step(2)
-        # A large model on a CPU takes seconds for a batch: then a smaller one has to do.
-        each = step(2) / 2
-        count = max(2, min(hardware.batch_size, int(STEP_SECONDS / each)))
-        if count > 2:
-            step(count)
-            each = min(step(count), step(count)) / count
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
-    return each
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 # --------------------------------------------------------------------------- afterwards
