@@ -2,8 +2,8 @@
 
 .venv/bin/python scripts/bench_training.py CIFAR10 --timm-train pytorch-image-models/train.py
 
-CIFAR10 has class folders in train/. Each row is a process of its own that trains ViT-Ti (12 layers, width 192,
-patch 4, 32 px: 65 tokens) from scratch on batches of 128; rows take turns, so that a machine whose speed
+CIFAR10 has class folders in train/. Each row is a process of its own that trains ViT-Ti (12 layers, width
+192, patch 4, 32 px: 65 tokens) from scratch on batches of 128; rows take turns, so that a machine whose speed
 drifts slows all alike. Images per second are those of the training loop: no start-up, evaluation, checkpoint.
 """
 
@@ -131,11 +131,12 @@ def run_timm(data: Path, steps: int, script: Path, *flags: str) -> float:
             (sample.parent / "validation" / path.name / first.name).symlink_to(first.resolve())
         device = "cuda" if _has_gpu() else "cpu"
         words = [
-            sys.executable, str(script), "--data-dir", str(sample.parent), "--train-split", "train",
-            "--val-split", "validation", "--model", "vit_tiny_patch16_224",
-            "--model-kwargs", "patch_size=4", "img_size=32", "--img-size", "32", "--num-classes", "10", "-b", str(BATCH), "--epochs", "1", "--warmup-epochs",
-            "0", "--opt", "adamw", "--lr", str(LEARNING_RATE), "--device", device, "--log-interval", "1",
-            "--workers", "0", "--output", folder, *flags,
+            sys.executable, str(script), "--data-dir", str(sample.parent),
+            "--train-split", "train", "--val-split", "validation",
+            "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=4", "img_size=32",
+            "--img-size", "32", "--num-classes", "10", "-b", str(BATCH), "--epochs", "1",
+            "--warmup-epochs", "0", "--opt", "adamw", "--lr", str(LEARNING_RATE),
+            "--device", device, "--log-interval", "1", "--workers", "0", "--output", folder, *flags,
         ]  # fmt: skip
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         text = done.stdout + done.stderr

@@ -141,17 +141,17 @@ def test_hardware_says_why_and_does_what_the_recipe_says() -> None:
 
 
 def test_the_precision_is_the_one_whose_step_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
+    measured, times = [], {"bf16": 0.0}
 
     def measure(model: Any, device: Any, autocast: Any, batch_size: int) -> float:
         measured.append((model.config._attn_implementation, autocast, batch_size))
-        return 1.0 if autocast is None else seconds
+        return 1.0 if autocast is None else times["bf16"]
 
     monkeypatch.setattr(hardware, "measure_step", measure)
     recipe = build_recipe(
         {"data": {"path": "x"}, "model": {"config": TINY_VIT}, "training": {"use_cpu": True}}
     )
-    for seconds, expected in ((0.5, (True, "eager")), (1.0, (False, "sdpa")), (2.0, (False, "sdpa"))):
+    for times["bf16"], expected in ((0.5, (True, "eager")), (1.0, (False, "sdpa")), (2.0, (False, "sdpa"))):
         chosen = choose_hardware(recipe.training, recipe.model, build())
         assert (chosen.bf16, chosen.attn_implementation) == expected
     # Each with the attention that it would have.

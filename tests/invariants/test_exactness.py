@@ -12,6 +12,7 @@ import torch
 from conftest import TINY_VIT, draw_folder, tiny_recipe
 from PIL import Image
 from torch.utils.data import DataLoader
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, pipeline
 
 from vit_finetune.data.splits import load_splits
@@ -252,6 +253,27 @@ def test_any_number_of_workers_equals_none(folder: Path, tmp_path: Path, workers
         trainer.train()
         results.append(weights_of(trainer.model))
     assert same(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_from_the_cache_equal_those_from_the_files(folder: Path, tmp_path: Path, workers: int) -> None:
+    """Bit for bit where no image is larger than the cache keeps them; tests/test_cache.py has the tolerance."""
+    results = []
+    for cache in ("off", str(tmp_path / "cache")):
+        run = finetune(
+            tiny_recipe(
+                folder,
+                tmp_path / f"run{len(results)}",
+                data={"cache": cache},
+                model={**DROPOUT, "image_size": 32},
+                augmentation=AUGMENTED,
+                training={"dataloader_num_workers": workers},
+            )
+        )
+        results.append(load_file(run.model / "model.safetensors"))
+    assert same(*results)
+    assert list((tmp_path / "cache").rglob("*.bin"))
 
 
 @pytest.mark.slow
