@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import TINY_VIT, draw_folder, tiny_recipe
 from PIL import Image
-from torch.utils.data import DataLoader
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, pipeline
 
 from vit_finetune.data.splits import load_splits
@@ -266,7 +266,7 @@ def test_images_from_the_cache_equal_those_from_the_files(folder: Path, tmp_path
                 folder,
                 tmp_path / f"run{len(results)}",
                 data={"cache": cache},
-                model={**DROPOUT, "image_size": 32},
+                model={"config": {**DROPOUT["config"], "image_size": 32}},
                 augmentation=AUGMENTED,
                 training={"dataloader_num_workers": workers},
             )
