@@ -6,6 +6,7 @@ Images travel as uint8 until they are on the device; there the image processor's
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -209,6 +210,12 @@ class EpochSampler(Sampler[TrainingIndex]):
         generator = torch.Generator().manual_seed(generator_of(self.seed, self.epoch, -1).getrandbits(63))
         for index in torch.randperm(self.size, generator=generator).tolist():
             yield TrainingIndex(self.epoch, index)
+
+
+def cores_here() -> int:
+    """Cores for each process of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_image_processor(image_processor: Any) -> None:

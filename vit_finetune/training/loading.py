@@ -6,7 +6,6 @@ And afterwards what a run waited for, in one line.
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from vit_finetune.data.archives import cache_dir
 from vit_finetune.data.cache import CachedImage, cached_edge, shrink
-from vit_finetune.data.transforms import TrainingImages, TrainingIndex
+from vit_finetune.data.transforms import TrainingImages, TrainingIndex, cores_here
 from vit_finetune.recipe import TrainingConfig
 from vit_finetune.training.hardware import Choice, Hardware, measure_step
 
@@ -103,12 +102,6 @@ def choose_loading(
         speeds,
         [workers, kept],
     )
-
-
-def cores_here() -> int:
-    """Cores for each process of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _choose_workers(training: TrainingConfig, use_cpu: bool, read: float, step: float, cores: int) -> Choice:
