@@ -2,8 +2,8 @@
 
     python scripts/bench_listing.py [--files 60000 1000000] [--classes 1000] [--where FOLDER]
 
-Draws class folders with empty files in a temporary folder, reads them in a fresh process, and removes them again.
-The fresh process's peak memory includes Python and every library that is imported.
+Draws class folders with empty files in a temporary folder, reads them in a fresh process, and removes them
+again. The fresh process's peak memory includes Python and every library that is imported.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def main() -> None:
             if sum(facts["splits"].values()) != files:
                 sys.exit(f"{files} files drawn, but the splits hold {facts['splits']}")
             print(
-                f"{files:>9,}  {drawn:>5.1f} s  {facts['import_seconds']:>4.1f} s {facts['import_mib']:>5.0f} MiB"
-                f"  {facts['seconds']:>13.2f} s  {facts['peak_mib']:>7.0f} MiB",
+                f"{files:>9,}  {drawn:>5.1f} s  {facts['import_seconds']:>4.1f} s "
+                f"{facts['import_mib']:>5.0f} MiB  {facts['seconds']:>13.2f} s  "
+                f"{facts['peak_mib']:>7.0f} MiB",
                 flush=True,
             )
 

@@ -13,7 +13,6 @@ from vit_finetune.data.folders import (
     list_folder,
     natural_key,
     walk_files,
-    walk_folders,
 )
 from vit_finetune.run import RunError
 

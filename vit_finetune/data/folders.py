@@ -52,9 +52,9 @@ class Folder(NamedTuple):
 
 @dataclass
 class Listing:
-    """Images by split: tables with the string columns id (the path below the root) and label (the class's name).
+    """Images by split: tables with the string columns id (path below the root) and label (the class's name).
 
-    Where a table of the data's own names the groups there is a string column group, too.
+    Where a table of the data's own names groups there is a string column group, too, null for none.
     """
 
     splits: dict[str, pa.Table]
@@ -77,7 +77,7 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
 
 
 def walk_files(root: Path) -> list[str]:
-    """The files below a folder, as sorted paths with `/`; what is passed over and raised as by `walk_folders`."""
+    """The files below a folder, as sorted paths with `/`; passes over and raises what `walk_folders` does."""
     return sorted(join(folder.path, name) for folder in walk_folders(root) for name in folder.names)
 
 
@@ -122,7 +122,9 @@ def walk_folders(root: Path) -> list[Folder]:
 def _list_place(place: str) -> tuple[list[str], list[str]]:
     """The sorted names of the folders and of the other files in a folder, without those to pass over."""
     folders, files = [], []
-    with os.scandir(place) as entries:  # knows most kinds from the folder itself, without asking for each file
+    with os.scandir(
+        place
+    ) as entries:  # knows most kinds from the folder itself, without asking for each file
         for entry in entries:
             name = entry.name
             if name.startswith("."):

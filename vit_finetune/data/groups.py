@@ -40,7 +40,7 @@ def match_groups(where: str, ids: Sequence[str], pattern: str) -> list[str | Non
         expression = re.compile(pattern)
     except re.error as error:
         raise RunError(
-            f"{where}: data.group={pattern} is neither a column of the data nor a regular expression ({error})"
+            f"{where}: data.group={pattern} is neither a column of the data nor a regular expression: {error}"
         ) from error
     part = 1 if expression.groups else 0
     found = map(expression.search, ids)

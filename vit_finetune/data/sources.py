@@ -36,7 +36,7 @@ from vit_finetune.run import RunError
 class Source:
     """What a data source holds before anything is carved: datasets with the columns id, image and label.
 
-    Where the recipe says how images are grouped there is a string column group, None for images that stand alone.
+    Where the recipe says how images are grouped there is a string column group, None for those in no group.
     """
 
     kind: str
@@ -186,7 +186,7 @@ def build_dataset(
 
 
 def _with_groups(source: Source, path: str, group: str) -> Source:
-    """The source with a column group in every split, found by a pattern in the ids where no column names it."""
+    """The source with a column group in every split, by a pattern in the ids where no column names it."""
     splits, alone, total = dict(source.splits), [], 0
     is_column = any("group" in split.column_names for split in splits.values())
     for name, split in splits.items():
@@ -199,13 +199,17 @@ def _with_groups(source: Source, path: str, group: str) -> Source:
         alone += [identity for identity, value in zip(ids, groups) if value is None]
         total += len(ids)
     if len(alone) == total:
-        what = "has no value in any row" if is_column else "is no column of the data and matches no image's id"
+        what = (
+            "has no value in any row" if is_column else "is no column of the data and matches no image's id"
+        )
         raise RunError(
             f"{path}: data.group={group} {what}; the {count_of(total, 'image')} are called {first_of(alone)}"
         )
     notices = list(source.notices)
     if alone:
-        notices.append(f"{count_of(len(alone), 'image')} in no group of data.group={group}: {first_of(alone)}")
+        notices.append(
+            f"{count_of(len(alone), 'image')} in no group of data.group={group}: {first_of(alone)}"
+        )
     return Source(source.kind, splits, source.labels, notices)
 
 
@@ -344,10 +348,8 @@ def _arrange_rows(
         [-1 if name is None else ids[name] for name in names],
         feature=datasets.ClassLabel(names=list(labels)),
     ).add_column("id", [str(number) for number in range(len(names))])
-    if group in dataset.features:
-        arranged = arranged.add_column(
-            "group", _row_groups(dataset, group), feature=datasets.Value("string")
-        )
+    if group is not None and group in dataset.features:
+        arranged = arranged.add_column("group", _row_groups(dataset, group), feature=datasets.Value("string"))
     labelled = [number for number, name in enumerate(names) if name is not None]
     return arranged if len(labelled) == len(names) else arranged.select(labelled)
 

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from vit_finetune.data.folders import ALL, SPLIT_NAMES, Folder, Listing, count_of, first_of, is_image_name, join
+from vit_finetune.data.folders import (
+    ALL,
+    SPLIT_NAMES,
+    Folder,
+    Listing,
+    count_of,
+    first_of,
+    is_image_name,
+    join,
+)
 from vit_finetune.data.groups import group_names
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
