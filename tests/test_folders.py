@@ -196,6 +196,21 @@ def test_walk_follows_links_once_and_out_of_cycles(tmp_path: Path) -> None:
     assert walk_files(root) == ["cat/1.jpg", "dog/1.jpg"]
 
 
+def test_walk_lists_links_that_lead_nowhere_as_files(tmp_path: Path) -> None:
+    root = touch(tmp_path / "photos", "cat/1.jpg")
+    (root / "cat" / "2.jpg").symlink_to("2.jpg")
+    (root / "cat" / "3.jpg").symlink_to("nowhere.jpg")
+    assert walk_files(root) == ["cat/1.jpg", "cat/2.jpg", "cat/3.jpg"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    root = touch(tmp_path / "photos", "cat/1.jpg", "dog/1.jpg")
+    (root / "dog").chmod(0)
+    with pytest.raises(RunError, match=r"photos/dog: the folder cannot be opened: Permission denied"):
+        walk_files(root)
+
+
 def test_walk_does_not_depend_on_the_order_of_the_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

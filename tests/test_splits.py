@@ -1,6 +1,5 @@
-"""Carving validation and test out of train, fingerprints, and the table of who went where."""
+"""Folders on disk, split: by the recipe's shares, without leaks; and fingerprints of what came of it."""
 
-import csv
 import os
 import shutil
 import time
@@ -14,10 +13,9 @@ from conftest import draw_folder
 
 from vit_finetune.data.carving import load_splits
 from vit_finetune.data.sources import column_values
-from vit_finetune.data.split_files import save_splits
 from vit_finetune.data.splits import fingerprint, prepare_splits
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import Run, RunError
+from vit_finetune.run import RunError
 
 
 def touch_classes(root: Path, **counts: int) -> Path:
@@ -146,15 +144,27 @@ def test_fingerprint_sees_content_and_labels_but_not_order_and_place(tmp_path: P
     assert all(value != original[name] for name, value in fingerprints(renamed).items())
 
 
-def test_saved_splits_tell_where_each_image_went(tmp_path: Path) -> None:
-    root = touch_classes(tmp_path / "photos", **{"with, comma": 5, "b": 5})
-    splits, run = load_splits(config(root)), Run(tmp_path / "run")
-    save_splits(splits, run)
-    for name, split in splits.items():
-        with (run.splits / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        assert [row["id"] for row in rows] == column_values(split, "id")
-        assert all(row["label"] == row["id"].split("/")[0] and row["split"] == name for row in rows)
+def test_a_duplicate_is_never_on_both_sides(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "photos", classes=2, per_class=30)
+    for number in range(15):  # each twice more, under other names and one of them in the other class
+        image = (root / "blue" / f"{number}.png").read_bytes()
+        (root / "blue" / f"again {number}.png").write_bytes(image)
+        (root / "green" / f"blue {number}.png").write_bytes(image)
+    splits = prepare_splits(config(root, validation_fraction=0.25, test_fraction=0.25)).splits
+    digests = [set(column_values(split, "digest")) for split in splits.values()]
+    assert sum(map(len, digests)) == len(set().union(*digests)) == 60
+    assert sum(map(len, splits.values())) == 90
+
+
+def test_images_of_train_that_are_in_test_are_left_out_and_said(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    draw_folder(root / "train", classes=2, per_class=20)
+    (root / "test" / "blue").mkdir(parents=True)
+    shutil.copy(root / "train" / "blue" / "3.png", root / "test" / "blue" / "leak.png")
+    data = prepare_splits(config(root))
+    assert "1 image of train left out, the same as images of test: train/blue/3.png" in data.notices
+    assert sum(map(len, data.splits.values())) == 40
+    assert ids(data.splits)["test"] == ["test/blue/leak.png"]
 
 
 def test_prepared_data_describes_itself(folder: Path) -> None:

@@ -329,8 +329,8 @@ def _compare(
         ]
         if classes:
             notices.append(
-                f"{split} has {found[split].sum():,} images where {shares.sum():,.0f} were asked for, because "
-                f"some belong together: {first_of(classes, 8)}"
+                f"{split} has {found[split].sum():,} images where {shares.sum():,.0f} were asked for, "
+                f"because some belong together: {first_of(classes, 8)}"
             )
     return notices
 
