@@ -30,7 +30,7 @@ def repeat(source: Source, path: Path) -> datasets.DatasetDict:
 
 
 def write(path: Path, *rows: str, head: str = "id,label,split") -> Path:
-    path.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    path.write_bytes(("\n".join([head, *rows]) + "\n").encode(errors="surrogateescape"))
     return path
 
 
@@ -143,6 +143,7 @@ TEN = Drawn([f"{number}.jpg" for number in range(10)], [number % 2 for number in
         (["0.jpg,c0,train", "1.jpg,c1,"], "found the split ''"),
         (["0.jpg,c0,train", "1.jpg,c1,test"], "names no images for validation; expected some"),
         (["0.jpg,c0"], "not a readable table"),
+        (["0.jpg,c0,train", "\udcff.jpg,c0,val"], "not a readable table"),
         ([], "names no images for train and validation"),
     ],
 )  # fmt: skip
@@ -160,6 +161,13 @@ def test_what_is_no_table_of_splits(tmp_path: Path) -> None:
             read_splits(path)
     with pytest.raises(RunError, match="found the columns id, class; expected id, label, split"):
         read_splits(write(tmp_path / "other.csv", "0.jpg,c0", head="id,class"))
+
+
+def test_other_columns_may_hold_anything(tmp_path: Path) -> None:
+    path, rows = tmp_path / "s.csv", [f"{n}.jpg,c{n % 2},train,1" for n in range(80_000)]
+    write(path, *rows, "x.jpg,c0,validation,late text", head="id,label,split,group")
+    assert path.stat().st_size > 2**20
+    assert read_splits(path)["id"].to_pylist()[-2:] == ["79999.jpg", "x.jpg"]
 
 
 def test_excel_writes_a_mark_first(tmp_path: Path) -> None:

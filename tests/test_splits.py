@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -156,6 +158,20 @@ def test_a_duplicate_is_never_on_both_sides(tmp_path: Path) -> None:
     assert sum(map(len, splits.values())) == 90
 
 
+def test_groups_and_duplicates_tie_images_together(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "photos", classes=3, per_class=60)
+    for name, number in (("blue", 0), ("green", 7), ("red", 13)):  # ties the groups of 0 to 5 and of 54 to 59
+        shutil.copy(root / name / f"{number}.png", root / name / f"{number + 300}.png")
+    splits = prepare_splits(config(root, group=r"^\w+/\d*?(?=\d\.png)")).splits  # all but the last digit
+    where = {identity: name for name, rows in ids(splits).items() for identity in rows}
+    assert len(where) == 183
+    for name in ("blue", "green", "red"):
+        for tens in range(1, 6):
+            assert len({where[f"{name}/{tens}{ones}.png"] for ones in range(10)}) == 1
+    assert where["red/13.png"] == where["red/313.png"] == where["red/19.png"]
+    assert where["green/7.png"] == where["green/307.png"]
+
+
 def test_images_of_train_that_are_in_test_are_left_out_and_said(tmp_path: Path) -> None:
     root = tmp_path / "photos"
     draw_folder(root / "train", classes=2, per_class=20)
@@ -174,6 +190,17 @@ def test_prepared_data_describes_itself(folder: Path) -> None:
     assert facts["source"] == "folder"
     assert sum(split["num_images"] for split in facts["splits"].values()) == 35
     assert facts["unreadable"] == [{"id": "red/0.png", "problem": "0 bytes"}]
+
+
+@pytest.mark.slow
+def test_a_million_files_are_split_in_seconds_and_in_little_memory() -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts" / "bench_listing.py"
+    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    for line, files, seconds in zip(printed.splitlines()[1:], (60_000, 1_000_000), (1.5, 30), strict=True):
+        fields = line.replace(",", "").split()
+        assert int(fields[0]) == files
+        assert float(fields[-4]) < seconds, printed
+        assert float(fields[-2]) < 1024, printed
 
 
 @pytest.mark.slow

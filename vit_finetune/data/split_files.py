@@ -63,16 +63,22 @@ def read_splits(path: Path) -> pa.Table:
 
 def _read_file(file: Path) -> pa.Table:
     try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            heads = next(csv.reader(lines), [])
+        if set(COLUMNS) - set(heads):
+            found = ", ".join(heads)
+            raise RunError(f"{file}: found the columns {found}; expected {', '.join(COLUMNS)}")
         table = pyarrow.csv.read_csv(
             file,
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string())),
+            convert_options=pyarrow.csv.ConvertOptions(
+                # Others, such as group, would have their type guessed from their first megabyte.
+                include_columns=list(COLUMNS),
+                column_types=dict.fromkeys(COLUMNS, pa.string()),
+            ),
         )
-    except (pa.ArrowException, OSError) as error:
+    except (ValueError, csv.Error, pa.ArrowException, OSError) as error:
         raise RunError(f"{file}: not a readable table: {error}") from error
-    if set(COLUMNS) - set(table.column_names):
-        found = ", ".join(table.column_names)
-        raise RunError(f"{file}: found the columns {found}; expected {', '.join(COLUMNS)}")
     names = table["split"].unique().to_pylist()
     unknown = [name for name in names if name.lower() not in SPLIT_NAMES]
     if unknown:
