@@ -205,6 +205,13 @@ def test_groups_miss_a_share_by_less_than_one_of_them(seed: int, size: int) -> N
             assert share is None or abs(found[label] - share * total) < largest
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 18), (0.3, 27), (0.04, 9)])
+def test_of_two_sums_of_groups_the_closer_one_is_taken(share: float, expected: int) -> None:
+    drawn = Drawn([str(n) for n in range(90)], [0] * 81 + [1] * 9, [str(n // 9) for n in range(90)])
+    rows = carve_ids(drawn, test_fraction=0, validation_fraction=share)
+    assert sum(int(identity) < 81 for identity in rows["validation"]) == expected
+
+
 def test_groups_too_large_for_a_share_are_said_with_numbers() -> None:
     drawn = Drawn(
         [str(number) for number in range(120)], [0] * 60 + [1] * 60, [f"{n // 20}" for n in range(120)]
@@ -218,6 +225,13 @@ def test_groups_too_large_for_a_share_are_said_with_numbers() -> None:
         "validation has 40 images where 12 were asked for, because some belong together: c0 20 instead of 6, "
         "c1 20 instead of 6",
     ]
+
+
+def test_small_classes_alone_are_nothing_to_say() -> None:
+    source = Drawn([str(number) for number in range(43)], [0] * 40 + [1] * 3).source()
+    splits = carve(source, DataConfig(path="drawn", validation_fraction=0.05, test_fraction=0.8))
+    assert Counter(column_values(splits["test"], "label")) == {0: 32, 1: 1}  # 2.4 of 3 were asked for
+    assert source.notices == []
 
 
 def test_a_class_in_one_group_stays_in_train_and_is_said() -> None:
