@@ -383,6 +383,13 @@ def test_remainders_do_not_all_go_to_one_fold() -> None:
     assert sum(sizes) == 180 and max(sizes) <= 30 + 15
 
 
+def test_large_groups_of_many_classes_do_not_meet_in_one_fold() -> None:
+    labels = np.repeat(range(30), 10).tolist()
+    drawn = Drawn([str(n) for n in range(300)], labels, [str(n // 5) for n in range(300)])  # two to a class
+    sizes = [len(carve_ids(drawn, fold=f"{part}/5", test_fraction=0)["validation"]) for part in range(1, 6)]
+    assert sum(sizes) == 300 and max(sizes) <= 100
+
+
 def test_folds_need_a_train_split_alone_and_enough_images() -> None:
     drawn = Drawn([str(number) for number in range(40)], [0] * 37 + [1] * 3)
     with pytest.raises(
