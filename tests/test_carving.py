@@ -212,6 +212,14 @@ def test_of_two_sums_of_groups_the_closer_one_is_taken(share: float, expected: i
     assert sum(int(identity) < 81 for identity in rows["validation"]) == expected
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_unit_is_left_for_each_split(seed: int) -> None:
+    groups = ["large"] * 50 + [None] * 53
+    drawn = Drawn([str(n) for n in range(103)], [0] * 53 + [1] * 50, groups)  # class 0: 50 together, and 3
+    splits = carve_ids(drawn, test_fraction=0.5, split_seed=seed)
+    assert all(any(int(identity) < 53 for identity in rows) for rows in splits.values())
+
+
 def test_groups_too_large_for_a_share_are_said_with_numbers() -> None:
     drawn = Drawn(
         [str(number) for number in range(120)], [0] * 60 + [1] * 60, [f"{n // 20}" for n in range(120)]

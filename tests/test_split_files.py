@@ -98,8 +98,8 @@ def test_one_file_moves_images_between_the_splits_of_a_folder(tmp_path: Path) ->
         draw_folder(tmp_path / "photos" / split, classes=2, per_class=2)
     rows = [
         "train/blue/0.png,blue,TEST",
-        "test/blue/0.png,blue,train",
         "test/green/1.png,green,train",
+        "test/blue/0.png,blue,train",
         "train/green/0.png,green,val",
     ]
     path = write(tmp_path / "mine.csv", *rows)
@@ -163,11 +163,11 @@ def test_what_is_no_table_of_splits(tmp_path: Path) -> None:
         read_splits(write(tmp_path / "other.csv", "0.jpg,c0", head="id,class"))
 
 
-def test_other_columns_may_hold_anything(tmp_path: Path) -> None:
-    path, rows = tmp_path / "s.csv", [f"{n}.jpg,c{n % 2},train,1" for n in range(80_000)]
+def test_long_files_with_other_columns_and_line_breaks(tmp_path: Path) -> None:
+    path, rows = tmp_path / "s.csv", [f'"{n}\n\n\n\n",c{n % 2},train,1' for n in range(80_000)]
     write(path, *rows, "x.jpg,c0,validation,late text", head="id,label,split,group")
     assert path.stat().st_size > 2**20
-    assert read_splits(path)["id"].to_pylist()[-2:] == ["79999.jpg", "x.jpg"]
+    assert read_splits(path)["id"].to_pylist()[-2:] == ["79999\n\n\n\n", "x.jpg"]
 
 
 def test_excel_writes_a_mark_first(tmp_path: Path) -> None:
