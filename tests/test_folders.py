@@ -54,6 +54,13 @@ def test_upper_case_endings_and_stray_files() -> None:
     assert found.notices == ["2 files that are no images left out: cat/notes.md, readme.txt"]
 
 
+def test_long_listings_are_built_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [f"{name}/{number}.jpg" for name in ("cat", "dog", "emu") for number in range(3)]
+    expected = rows(listing(*files))
+    monkeypatch.setattr("vit_finetune.data.folders.CHUNK", 4)
+    assert rows(listing(*files)) == expected == [(file, file[:3]) for file in files]
+
+
 def test_images_beside_class_folders_are_left_out_and_said() -> None:
     found = listing(*TWO_CLASSES, "cover.jpg")
     assert {name for name, _ in rows(found)} == set(TWO_CLASSES)

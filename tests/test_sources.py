@@ -431,13 +431,13 @@ def test_a_hub_column_names_the_group() -> None:
 
 
 def test_a_split_without_the_column_has_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = hub_split(["a", "b"], STRING).add_column("kind", [1, 0], feature=CAT_DOG)
+    train = hub_split(["a", "b"], STRING).add_column("1", [1, 0], feature=CAT_DOG)
     loaded = datasets.DatasetDict({"train": train, "test": hub_split(["a", "b"], STRING)})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: loaded)
-    source = load_source(DataConfig(path="owner/name", group="kind", label_column="label"))
+    source = load_source(DataConfig(path="owner/name", group="1", label_column="label"))
     assert groups(source, "train") == {"0": "cat", "1": "dog"}
-    assert groups(source, "test") == {"0": None, "1": None}
-    assert source.notices == ["2 images in no group of data.group=kind: 0, 1"]
+    assert groups(source, "test") == {"0": None, "1": None}  # not what the pattern 1 would find in the ids
+    assert source.notices == ["2 images in no group of data.group=1: 0, 1"]
 
 
 def test_with_labels_renumbers() -> None:

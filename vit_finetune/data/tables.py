@@ -74,7 +74,7 @@ def _wrapper_depth(folders: Sequence[list[str]]) -> int:
     depth = 0
     # What the first and the last in sorted order have in common, all have.
     for one, other in zip(min(folders), max(folders)):
-        if one != other or not one or one.lower() in SPLIT_NAMES:
+        if one != other or one.lower() in SPLIT_NAMES:
             break
         depth += 1
     return depth
