@@ -20,7 +20,8 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, se
 
 from vit_finetune.console import say, show_table, warn
 from vit_finetune.data.sources import column_values
-from vit_finetune.data.splits import PreparedData, prepare_splits, save_splits
+from vit_finetune.data.split_files import save_splits
+from vit_finetune.data.splits import PreparedData, prepare_splits
 from vit_finetune.data.transforms import (
     EvaluationImages,
     TrainingImages,

@@ -265,7 +265,8 @@ def evaluate(
         splits = prepare_splits(own).splits
         _check_same_images(run, splits, split)
     else:
-        other = own.model_copy(update={"path": data}) if own else DataConfig(path=data)
+        # Groups decide what is carved apart, and nothing is carved here.
+        other = own.model_copy(update={"path": data, "group": None}) if own else DataConfig(path=data)
         source, _ = leave_out_unreadable(load_source(other), other)
         splits = source.splits
         split = ALL if list(splits) == [ALL] else split
