@@ -100,7 +100,8 @@ def test_recipes_and_templates_travel_in_the_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"vit_finetune/recipes/{name}.yaml" for name in bundled_recipes()} <= names
-    assert {"vit_finetune/templates/report.html.jinja", "vit_finetune/templates/model_card.md.jinja"} <= names
+    templates = ("report.html.jinja", "model_card.md.jinja", "checkup.html.jinja")
+    assert {f"vit_finetune/templates/{name}" for name in templates} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/", "scripts/"))]
 
 

@@ -140,11 +140,11 @@ def test_a_cnn_stands_beside_the_vit(folder: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_check_trains_and_writes_nothing(
+def test_check_trains_nothing_and_writes_the_checkup_only(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = check(tiny_recipe(folder, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "run-checkup"}
     assert facts["labels"] == ["blue", "green", "red"]
     assert facts["splits"] == {"train": 18, "validation": 9, "test": 9}
     assert facts["batch_shape"] == [4, 3, 16, 16] and facts["tokens"] == 17

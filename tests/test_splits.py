@@ -157,9 +157,10 @@ def test_prepared_data_describes_itself(folder: Path) -> None:
     (folder / "red" / "0.png").write_bytes(b"")
     data = prepare_splits(config(folder, on_unreadable="skip"))
     facts = data.describe("photos")
+    (cut,) = data.findings.findings
     assert facts["source"] == "folder"
     assert sum(split["num_images"] for split in facts["splits"].values()) == 35
-    assert facts["unreadable"] == [{"id": "red/0.png", "problem": "0 bytes"}]
+    assert [(image.id, image.detail) for image in cut.images] == [("red/0.png", "0 bytes")]
 
 
 @pytest.mark.slow

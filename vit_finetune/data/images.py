@@ -25,6 +25,8 @@ SUFFIXES = frozenset(
 # Pillow warns from half of its own limit on; photographs of 100 megapixels are ordinary today. Once for the
 # process, because changing filters around each call is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# The pixels are read all the same.
+warnings.filterwarnings("ignore", "Corrupt EXIF data")
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")
 
 
@@ -37,8 +39,11 @@ def is_image_name(name: str) -> bool:
     return name[name.rfind(".") :].lower() in SUFFIXES  # pathlib would take a second over 60,000 files
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
-"""What Pillow's decoders raise on broken data, beside `struct.error` and `zlib.error`."""
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError),
+    *(struct.error, zlib.error),
+)
+"""What Pillow's decoders raise on broken data."""
 
 
 def decode_image(data: bytes) -> torch.Tensor:
@@ -67,7 +72,7 @@ def decode_image(data: bytes) -> torch.Tensor:
         raise UnreadableImage("not an image") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"decompression bomb: {error}") from None
-    except (*_BROKEN, struct.error, zlib.error) as error:
+    except BROKEN as error:
         reason = "truncated" if "truncated" in str(error).lower() else str(error)
         raise UnreadableImage(reason or type(error).__name__) from None
 

@@ -19,7 +19,6 @@ from vit_finetune.data.folders import (
     SPLIT_NAMES,
     Listing,
     count_of,
-    first_of,
     list_folder,
     natural_key,
     walk_files,
@@ -98,18 +97,6 @@ def column_values(dataset: datasets.Dataset, column: str) -> list[Any]:
     return values
 
 
-def missing_classes(splits: dict[str, datasets.Dataset], labels: list[str]) -> list[str]:
-    """A sentence for each split in which some class has no image."""
-    notices = []
-    for split, dataset in splits.items():
-        present = set(column_values(dataset, "label"))
-        absent = [label for number, label in enumerate(labels) if number not in present]
-        if absent:
-            where = "the data" if split == ALL else split
-            notices.append(f"{where} has no image of {first_of(absent, 8)}")
-    return notices
-
-
 # --------------------------------------------------------------------------- folders and tables
 
 
@@ -135,7 +122,7 @@ def _from_listing(kind: str, root: Path, listing: Listing) -> Source:
             names=["bytes", "path"],
         )
         splits[split] = build_dataset(names, images, [ids[label] for _, label in rows], labels)
-    return Source(kind, splits, labels, listing.notices + missing_classes(splits, labels))
+    return Source(kind, splits, labels, listing.notices)
 
 
 def build_dataset(
@@ -238,7 +225,7 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
     arranged = {
         split: _arrange_rows(dataset, image, labels_of[split], labels) for split, dataset in splits.items()
     }
-    return Source("hub", arranged, labels, notices + missing_classes(arranged, labels))
+    return Source("hub", arranged, labels, notices)
 
 
 def _name_splits(

@@ -1,0 +1,177 @@
+"""Which images are the same, by content; which nearly so, by perceptual hash and then by pixels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from vit_finetune.data.readings import hash_text, shrink
+from vit_finetune.run import written_whole
+
+DISTANCE = 8
+"""Bits of 64 in which the hashes of near duplicates may differ: what another size, stronger compression or
+another brightness change."""
+
+SIMILARITY = 0.95
+"""Correlation from which on two thumbnails show the same picture. Of the pairs of CIFAR-10 whose hashes are
+close, nearly all above it are the same photograph or drawing, and more and more below it only look alike."""
+
+_SIDE = 16
+"""Pixels; a thumbnail this small forgives a shift of a pixel or two, and a watermark."""
+
+_PIECES, _INTACT = 10, 2
+
+_CROWD = 200
+"""Files with one hash, above which each is compared with the first only: nearly empty pictures, or a film."""
+
+
+def group_equal(digests: Sequence[str]) -> list[np.ndarray]:
+    """Rows of equal content, group by group, each ascending; rows that stand alone are left out.
+
+    Args:
+        digests: content hashes; rows with an empty one equal nothing.
+    """
+    values, group = np.unique(np.asarray(digests, dtype=object).astype(str), return_inverse=True)
+    group[np.asarray([value == "" for value in values])[group]] = -1
+    return _groups(group)
+
+
+def group_linked(pairs: np.ndarray, count: int) -> list[np.ndarray]:
+    """Rows that hang together through pairs, group by group, each ascending.
+
+    Args:
+        pairs: row numbers `(n, 2)`.
+        count: how many rows there are.
+    """
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return _groups(connected_components(graph, directed=False)[1])
+
+
+def _groups(group: np.ndarray) -> list[np.ndarray]:
+    """The rows of each group number that two rows or more have; -1 is no group."""
+    order = np.argsort(group, kind="stable")
+    cuts = np.flatnonzero(np.diff(group[order])) + 1
+    return [rows for rows in np.split(order, cuts) if len(rows) > 1 and group[rows[0]] >= 0]
+
+
+def close_pairs(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
+    """All pairs of rows `(n, 2)`, lower first, whose hashes differ in at most `distance` bits.
+
+    Cut into 10 pieces, two hashes that differ in at most 8 bits agree in at least 2 pieces (pigeonhole). So
+    only rows that agree in the same 2 pieces are compared, for each of the 45 choices of 2.
+
+    Args:
+        hashes: uint64 `(n,)`.
+        distance: at most 8.
+    """
+    assert distance <= _PIECES - _INTACT
+    edges = np.linspace(0, 64, _PIECES + 1).astype(int)
+    pieces = [
+        (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        for low, high in itertools.pairwise(edges)
+    ]
+    found = [np.empty((0, 2), np.int64)]
+    for one, other in itertools.combinations(range(_PIECES), _INTACT):
+        # At most 7 bits each; numpy sorts 16-bit numbers by radix.
+        key = (pieces[one] << np.uint64(7) | pieces[other]).astype(np.uint16)
+        order = np.argsort(key, kind="stable")
+        key, value = key[order], hashes[order]
+        # Each row is compared with the one behind it, then with the one after that, while the keys agree.
+        rows = np.arange(len(order) - 1)
+        for step in range(1, len(order)):
+            rows = rows[: np.searchsorted(rows, len(order) - step)]
+            rows = rows[key[rows] == key[rows + step]]
+            if not len(rows):
+                break
+            near = rows[np.bitwise_count(value[rows] ^ value[rows + step]) <= distance]
+            found.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How alike pairs of thumbnails are, float32 `(n,)`, 1 being the same but for brightness and contrast.
+
+    The correlation over all pixels and channels once each channel's mean is taken off.
+
+    Args:
+        one: float32 `(n, pixels, 3)`.
+        other: the same.
+    """
+    flat = []
+    for pictures in (one, other):
+        centred = (pictures - pictures.mean(axis=1, keepdims=True)).reshape(len(pictures), -1)
+        norm: np.ndarray = np.linalg.norm(centred, axis=1, keepdims=True)
+        # Where nothing is to be seen, nothing is alike.
+        flat.append(np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 1))
+    return np.asarray(np.einsum("np,np->n", *flat))
+
+
+def build_thumbnail(pixels: torch.Tensor) -> np.ndarray:
+    """An image's thumbnail, float32 `(256, 3)`, 0 to 255, for `similarity`.
+
+    Args:
+        pixels: uint8 `(3, height, width)`.
+    """
+    small = shrink(pixels).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).reshape(-1, 3)
+
+
+def find_near(
+    digests: Sequence[str],
+    hashes: np.ndarray,
+    open_image: Callable[[int], torch.Tensor],
+    memory: Path,
+) -> np.ndarray:
+    """Pairs of rows `(n, 2)` that show the same picture, though they are different files.
+
+    Args:
+        digests: content hashes, each once: rows of equal content are not near duplicates.
+        hashes: perceptual hashes, uint64.
+        open_image: a row's pixels, uint8 `(3, height, width)`.
+        memory: a Parquet file that remembers the answer for these digests.
+    """
+    key = hash_text("\n".join([f"{DISTANCE} {SIMILARITY}", *digests]))
+    remembered = _remembered(memory, key)
+    if remembered is not None:
+        return remembered
+    pairs = _candidates(hashes)
+    thumbnails = {row: build_thumbnail(open_image(row)) for row in np.unique(pairs).tolist()}
+    alike = np.zeros(len(pairs), np.float32)
+    for start in range(0, len(pairs), 4096):
+        part = pairs[start : start + 4096]
+        one, other = (np.stack([thumbnails[row] for row in side]) for side in part.T.tolist())
+        alike[start : start + 4096] = similarity(one, other)
+    pairs = pairs[alike >= SIMILARITY]
+    table = pa.table({"one": pairs[:, 0], "other": pairs[:, 1]}).replace_schema_metadata({"key": key})
+    # A memory that cannot be written only costs the time to look again.
+    with suppress(OSError), written_whole(memory) as temporary:
+        pa.parquet.write_table(table, temporary)
+    return pairs
+
+
+def _candidates(hashes: np.ndarray) -> np.ndarray:
+    """Pairs whose hashes are close; of a crowd with one hash, pairs with its first member."""
+    _, first, member, size = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+    rows = np.arange(len(hashes))
+    crowded = (size[member] > _CROWD) & (first[member] != rows)
+    rest = rows[~crowded]
+    with_first = np.stack([first[member[crowded]], rows[crowded]], axis=1)
+    return np.concatenate([rest[close_pairs(hashes[rest])], with_first])
+
+
+def _remembered(memory: Path, key: str) -> np.ndarray | None:
+    with suppress(OSError, pa.ArrowException):
+        table = pa.parquet.read_table(memory)
+        if (table.schema.metadata or {}).get(b"key") == key.encode():
+            return np.stack([table["one"].to_numpy(), table["other"].to_numpy()], axis=1)
+    return None
