@@ -18,9 +18,9 @@ from scipy.sparse.csgraph import connected_components
 from vit_finetune.data.readings import hash_text, shrink
 from vit_finetune.run import written_whole
 
-DISTANCE = 8
-"""Bits of 64 in which the hashes of near duplicates may differ: what another size, stronger compression or
-another brightness change."""
+DISTANCE = 10
+"""Bits of 64 in which the hashes of near duplicates may differ: what another size, stronger compression,
+another brightness or a narrow cut at the edge change in photographs."""
 
 SIMILARITY = 0.95
 """Correlation from which on two thumbnails show the same picture. Of the pairs of CIFAR-10 whose hashes are
@@ -29,7 +29,7 @@ close, nearly all above it are the same photograph or drawing, and more and more
 _SIDE = 16
 """Pixels; a thumbnail this small forgives a shift of a pixel or two, and a watermark."""
 
-_PIECES, _INTACT = 10, 2
+_PIECES, _INTACT = 13, 3
 
 _CROWD = 200
 """Files with one hash, above which each is compared with the first only: nearly empty pictures, or a film."""
@@ -67,12 +67,12 @@ def _groups(group: np.ndarray) -> list[np.ndarray]:
 def close_pairs(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
     """All pairs of rows `(n, 2)`, lower first, whose hashes differ in at most `distance` bits.
 
-    Cut into 10 pieces, two hashes that differ in at most 8 bits agree in at least 2 pieces (pigeonhole). So
-    only rows that agree in the same 2 pieces are compared, for each of the 45 choices of 2.
+    Cut into 13 pieces, two hashes that differ in at most 10 bits agree in at least 3 pieces (pigeonhole). So
+    only rows that agree in the same 3 pieces are compared, for each of the 286 choices of 3.
 
     Args:
         hashes: uint64 `(n,)`.
-        distance: at most 8.
+        distance: at most 10.
     """
     assert distance <= _PIECES - _INTACT
     edges = np.linspace(0, 64, _PIECES + 1).astype(int)
@@ -81,9 +81,9 @@ def close_pairs(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
         for low, high in itertools.pairwise(edges)
     ]
     found = [np.empty((0, 2), np.int64)]
-    for one, other in itertools.combinations(range(_PIECES), _INTACT):
-        # At most 7 bits each; numpy sorts 16-bit numbers by radix.
-        key = (pieces[one] << np.uint64(7) | pieces[other]).astype(np.uint16)
+    for one, two, three in itertools.combinations(pieces, _INTACT):
+        # At most 5 bits each; numpy sorts 16-bit numbers by radix.
+        key = (one << np.uint64(10) | two << np.uint64(5) | three).astype(np.uint16)
         order = np.argsort(key, kind="stable")
         key, value = key[order], hashes[order]
         # Each row is compared with the one behind it, then with the one after that, while the keys agree.
@@ -104,12 +104,13 @@ def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     The correlation over all pixels and channels once each channel's mean is taken off.
 
     Args:
-        one: float32 `(n, pixels, 3)`.
+        one: uint8 `(n, pixels, 3)`.
         other: the same.
     """
     flat = []
     for pictures in (one, other):
-        centred = (pictures - pictures.mean(axis=1, keepdims=True)).reshape(len(pictures), -1)
+        values = pictures.astype(np.float32)
+        centred = (values - values.mean(axis=1, keepdims=True)).reshape(len(pictures), -1)
         norm: np.ndarray = np.linalg.norm(centred, axis=1, keepdims=True)
         # Where nothing is to be seen, nothing is alike.
         flat.append(np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 1))
@@ -117,13 +118,13 @@ def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def build_thumbnail(pixels: torch.Tensor) -> np.ndarray:
-    """An image's thumbnail, float32 `(256, 3)`, 0 to 255, for `similarity`.
+    """An image's thumbnail, uint8 `(256, 3)`, for `similarity`.
 
     Args:
         pixels: uint8 `(3, height, width)`.
     """
     small = shrink(pixels).resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    return np.asarray(small, np.float32).reshape(-1, 3)
+    return np.asarray(small).reshape(-1, 3)
 
 
 def find_near(
@@ -145,12 +146,15 @@ def find_near(
     if remembered is not None:
         return remembered
     pairs = _candidates(hashes)
-    thumbnails = {row: build_thumbnail(open_image(row)) for row in np.unique(pairs).tolist()}
+    rows, place = np.unique(pairs, return_inverse=True)
+    place = place.reshape(pairs.shape)
+    thumbnails = np.empty((len(rows), _SIDE * _SIDE, 3), np.uint8)
+    for number, row in enumerate(rows.tolist()):
+        thumbnails[number] = build_thumbnail(open_image(row))
     alike = np.zeros(len(pairs), np.float32)
-    for start in range(0, len(pairs), 4096):
-        part = pairs[start : start + 4096]
-        one, other = (np.stack([thumbnails[row] for row in side]) for side in part.T.tolist())
-        alike[start : start + 4096] = similarity(one, other)
+    for start in range(0, len(pairs), 4096):  # few at a time, because in floating point they are large
+        one, other = place[start : start + 4096].T
+        alike[start : start + 4096] = similarity(thumbnails[one], thumbnails[other])
     pairs = pairs[alike >= SIMILARITY]
     table = pa.table({"one": pairs[:, 0], "other": pairs[:, 1]}).replace_schema_metadata({"key": key})
     # A memory that cannot be written only costs the time to look again.

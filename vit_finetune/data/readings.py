@@ -243,7 +243,7 @@ def _header(data: bytes, width: int, height: int) -> tuple[str, str, int, int, i
 
 
 def shrink(pixels: torch.Tensor, side: int = 128) -> Image.Image:
-    """An RGB picture of once to twice `side` pixels, or as it is where smaller; by whole means, which is fast.
+    """An RGB picture of once to twice `side` pixels, or as it is where smaller; by means, which is fast.
 
     Args:
         pixels: uint8 `(3, height, width)`.
