@@ -84,9 +84,7 @@ def warn_of_findings(findings: Sequence[Finding]) -> None:
 def name_images(finding: Finding, most: int = 4) -> list[str]:
     """A line for each of a finding's first few images."""
     lines = [
-        f"  {'' if image.split == 'all' else image.split + ': '}{image.id}"
-        + (f" ({image.detail})" if image.detail else "")
-        for image in finding.images[:most]
+        f"  {image.name}" + (f" ({image.detail})" if image.detail else "") for image in finding.images[:most]
     ]
     more = len(finding.images) - most
     return [*lines, f"  … and {more:,} more"] if more > 0 else lines

@@ -102,6 +102,13 @@ class FoundImage(BaseModel):
     group: int | None = None
     """Images with one number belong together: they are the same, or nearly."""
 
+    @property
+    def name(self) -> str:
+        """The id; after its split where the data has splits and the id does not begin with its folder."""
+        folder = self.id.partition("/")[0].lower() if "/" in self.id else ""
+        shown = self.split == "all" or folder.startswith(self.split[:3])
+        return self.id if shown else f"{self.split} {self.id}"
+
 
 class Finding(BaseModel):
     """One kind of thing that a checkup saw in the data."""

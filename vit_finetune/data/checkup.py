@@ -23,7 +23,7 @@ from vit_finetune.data.set_findings import (
 )
 from vit_finetune.data.sources import Source, column_values
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import Finding, Findings, RunError
+from vit_finetune.run import Finding, Findings, FoundImage, RunError
 
 GRAVITY = ("error", "warning", "note")
 
@@ -110,7 +110,7 @@ def explain_errors(findings: list[Finding], config: DataConfig) -> str:
             continue
         images = finding.images if finding.kind != "class-too-small" else []  # the message says it all
         lines = [
-            f"\n  {_name(image.split, image.id)}" + (f": {image.detail}" if image.detail else "")
+            f"\n  {image.name}" + (f": {image.detail}" if image.detail else "")
             for image in images[:MOST_LISTED]
         ]
         if len(images) > MOST_LISTED:
@@ -153,7 +153,7 @@ def exclude_images(source: Source, config: DataConfig) -> Source:
         kept = [row for row, image in enumerate(here) if image not in listed]
         splits[split] = dataset if len(kept) == len(here) else dataset.select(kept)
     if unknown:
-        names = [_name(*image) for image in sorted(unknown)]
+        names = [FoundImage(split=split, id=identity).name for split, identity in sorted(unknown)]
         raise RunError(
             f"{path}: {count_of(len(names), 'image')} to exclude {'is' if len(names) == 1 else 'are'} not in "
             f"{config.path}: {first_of(names)}. The data changed "
@@ -164,11 +164,6 @@ def exclude_images(source: Source, config: DataConfig) -> Source:
 
 
 # --------------------------------------------------------------------------- steps
-
-
-def _name(split: str, identity: str) -> str:
-    # Rows of the Hub are counted in each split from 0; ids of files have their split's folder in them.
-    return f"{split} {identity}" if identity.isdecimal() and split != ALL else identity
 
 
 def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarray:

@@ -41,8 +41,8 @@ def group_equal(digests: Sequence[str]) -> list[np.ndarray]:
     Args:
         digests: content hashes; rows with an empty one equal nothing.
     """
-    values, group = np.unique(np.asarray(digests, dtype=object).astype(str), return_inverse=True)
-    group[np.asarray([value == "" for value in values])[group]] = -1
+    values, group = np.unique(np.asarray(digests, dtype=str), return_inverse=True)
+    group[values[group] == ""] = -1
     return _groups(group)
 
 
