@@ -97,7 +97,11 @@ def test_what_a_finding_excludes_makes_it_go_away(fault: Fault, corpus: Path, tm
         return
     excluded = {image.id for finding in before.findings for image in finding.exclude}
     after = look(corpus, exclude=str(tmp_path / "checkup" / "findings.json"))
-    assert summary(after.findings) == {"listing": "note"}
+    assert summary(after.findings) == {"excluded": "note"}
+    # Checked again with itself, the document says the same: what it replaces does not come back.
+    write_checkup(after.document(config(corpus)), {}, tmp_path / "checkup")
+    again = look(corpus, exclude=str(tmp_path / "checkup" / "findings.json"))
+    assert again.findings == after.findings and ids(again.findings[0]) == excluded
     left = {name for part in after.source.splits.values() for name in column_values(part, "id")}
     everything = {f"{path.relative_to(corpus)}" for path in corpus.rglob("*") if path.is_file()}
     assert left == everything - excluded
@@ -198,6 +202,46 @@ def test_images_that_a_table_does_not_name(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- what else is promised
+
+
+def test_copies_of_a_near_duplicate_belong_to_it(corpus: Path) -> None:
+    again = encode(draw_scene(7000), "JPEG", quality=30)
+    for name in ("train/cat/again.jpg", "train/cat/again (1).jpg", "test/cat/again.jpg"):
+        (corpus / name).write_bytes(again)
+    draw_scene(7000).save(corpus / "train/cat/first.png")
+    found = {finding.kind: finding for finding in look(corpus).findings}
+    assert summary(list(found.values())) == {
+        "duplicate": "warning",
+        "leak": "warning",
+        "near-leak": "warning",
+        "near-duplicate": "note",
+    }
+    trained = {"train/cat/again.jpg", "train/cat/again (1).jpg"}
+    assert ids(found["duplicate"]) == trained
+    assert ids(found["leak"]) == trained | {"test/cat/again.jpg"}
+    assert {image.id for image in found["near-leak"].exclude} == trained | {"train/cat/first.png"}
+    assert len({image.group for image in found["near-leak"].images}) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "alike"),
+    [
+        (["a", "A"], False),  # letters, which a model can tell apart
+        (["Ice cream", "ice_cream"], True),
+        (["cafe\u0301", "caf\u00e9"], True),  # one accent, written in two ways
+        (["v1 0", "v10"], False),
+        (["cat ", "cat"], True),
+    ],
+)
+def test_names_that_sound_alike(labels: list[str], alike: bool) -> None:
+    found = check_up(flat_source({"all": [0, 1] * 5}, labels), config("owner/name")).findings
+    assert [finding.kind for finding in found] == ["label-names-alike"] * alike
+
+
+@pytest.mark.parametrize(("most", "said"), [(29, False), (30, True)])
+def test_ten_times_as_many_is_lopsided(most: int, said: bool) -> None:
+    found = check_up(flat_source({"all": [0] * most + [1] * 3}, ["a", "b"]), config("owner/name")).findings
+    assert [finding.kind for finding in found] == ["imbalance"] * said
 
 
 def test_twins_are_the_near_duplicates_of_what_is_carved(tmp_path: Path, corpus: Path) -> None:

@@ -73,11 +73,13 @@ def show_findings(findings: Sequence[Finding]) -> None:
 
 
 def warn_of_findings(findings: Sequence[Finding]) -> None:
-    """Warnings, and notes about the listing, line by line; other notes are left to the report."""
+    """Warnings, and notes of what is left out, line by line; other notes are for the report."""
+    from vit_finetune.run import TOLD
+
     for finding in findings:
         if finding.severity == "warning":
             warn("\n".join([finding.sentence, *name_images(finding)]))
-        elif finding.kind == "listing":
+        elif finding.kind in TOLD:
             say(finding.sentence)
 
 

@@ -110,6 +110,10 @@ class FoundImage(BaseModel):
         return self.id if shown else f"{self.split} {self.id}"
 
 
+TOLD = ("listing", "excluded")
+"""Kinds of notes that people are told of as of warnings: what is not trained on."""
+
+
 class Finding(BaseModel):
     """One kind of thing that a checkup saw in the data."""
 

@@ -23,7 +23,7 @@ from vit_finetune.data.set_findings import (
 )
 from vit_finetune.data.sources import Source, column_values
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import Finding, Findings, FoundImage, RunError
+from vit_finetune.run import Finding, Findings, RunError
 
 GRAVITY = ("error", "warning", "note")
 
@@ -56,7 +56,7 @@ def check_up(source: Source, config: DataConfig) -> Checkup:
         RunError: `data.exclude` is no findings document, or of other data.
     """
     num_images = {split: len(dataset) for split, dataset in source.splits.items()}
-    source = exclude_images(source, config)
+    source, excluded = exclude_images(source, config)
     readings = read_images(source, config)
     images = gather_images(source, readings)
     equal = group_equal(images.readings["digest"].to_pylist())
@@ -69,6 +69,7 @@ def check_up(source: Source, config: DataConfig) -> Checkup:
         *find_duplicates(images, _with_copies(group_linked(pairs, len(images.ids)), equal), near=True),
         *find_odd_images(images),
         *describe_listing(source.notices),
+        *excluded,
     ]
     findings.sort(key=lambda finding: GRAVITY.index(finding.severity))
     carved = [images.splits[split] in ("train", ALL) for split in images.split]
@@ -135,16 +136,22 @@ def require_images(source: Source, config: DataConfig) -> None:
             )
 
 
-def exclude_images(source: Source, config: DataConfig) -> Source:
-    """The source without the images that the findings document of `data.exclude` leaves out.
+def exclude_images(source: Source, config: DataConfig) -> tuple[Source, list[Finding]]:
+    """The source without the images that the document of `data.exclude` leaves out, and a note of them.
+
+    The note excludes the same images again: a checkup that replaces the document must not bring them back.
 
     Raises:
         RunError: it is no findings document, or names images that are not there.
     """
     if config.exclude is None:
-        return source
+        return source, []
     path = Path(config.exclude).expanduser()
-    listed = {(image.split, image.id) for f in Findings.load(path).findings for image in f.exclude}
+    listed = {
+        (image.split, image.id): image.model_copy(update={"detail": "", "group": None})
+        for finding in Findings.load(path).findings
+        for image in finding.exclude
+    }
     splits = {}
     unknown = set(listed)
     for split, dataset in source.splits.items():
@@ -153,14 +160,22 @@ def exclude_images(source: Source, config: DataConfig) -> Source:
         kept = [row for row, image in enumerate(here) if image not in listed]
         splits[split] = dataset if len(kept) == len(here) else dataset.select(kept)
     if unknown:
-        names = [FoundImage(split=split, id=identity).name for split, identity in sorted(unknown)]
+        names = [listed[key].name for key in sorted(unknown)]
         raise RunError(
             f"{path}: {count_of(len(names), 'image')} to exclude {'is' if len(names) == 1 else 'are'} not in "
-            f"{config.path}: {first_of(names)}. The data changed "
-            f"since it was checked; run `vit-finetune check` again"
+            f"{config.path}: {first_of(names)}. The data changed since it was checked; run "
+            f"`vit-finetune check` again without data.exclude"
         )
-    excluded = f"{count_of(len(listed), 'image')} left out by data.exclude ({path.name})"
-    return replace(source, splits=splits, notices=[*source.notices, excluded] if listed else source.notices)
+    images = list(listed.values())
+    note = Finding(
+        kind="excluded",
+        severity="note",
+        message=f"{count_of(len(images), 'image')} left out by data.exclude",
+        count=len(images),
+        images=images,
+        exclude=images,
+    )
+    return replace(source, splits=splits), [note] if images else []
 
 
 # --------------------------------------------------------------------------- steps

@@ -113,7 +113,7 @@ def read_images(source: Source, config: DataConfig) -> dict[str, pa.Table]:
             order[np.flatnonzero(rows.is_valid())] = np.arange(len(found))
             order[missing] = np.arange(len(found), len(keys))
             readings[split] = table.take(order).combine_chunks()
-            seen.append(readings[split].append_column("key", keys).filter(keys.is_valid()))
+            seen.append(readings[split].append_column("key", keys))
             fresh += len(missing)
     kept = pa.concat_tables(seen)
     if fresh or len(kept) != len(known):

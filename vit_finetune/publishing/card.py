@@ -34,7 +34,7 @@ from vit_finetune.publishing.redaction import (
     values_without_paths,
     without_paths,
 )
-from vit_finetune.run import Finding, Report, Run, write_text
+from vit_finetune.run import TOLD, Finding, Report, Run, write_text
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_NAMED = 5
@@ -98,8 +98,8 @@ def build_card(run: Run) -> str:
 
 
 def _warnings(record: Record) -> list[Finding]:
-    """What readers of a card should know about the data: warnings, and what was left out of the listing."""
-    told = [f for f in record.findings or [] if f.severity != "note" or f.kind == "listing"]
+    """What readers of a card should know about the data: warnings, and what was left out."""
+    told = [f for f in record.findings or [] if f.severity != "note" or f.kind in TOLD]
     return [finding.shortened(MOST_NAMED) for finding in told]
 
 
