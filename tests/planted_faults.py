@@ -354,6 +354,12 @@ def saved_again_under_another_label(root: Path) -> set[str]:
     return write(root, "train/cat/owl.jpg", encode(image, "JPEG", quality=40)) | {"train/owl/5.jpg"}
 
 
+@fault(near_leak="warning", near_two_labels="warning")
+def smaller_in_test_under_another_label(root: Path) -> set[str]:
+    image = scene_of(root, "train/owl/6.jpg")
+    return write(root, "test/dog/owl.jpg", encode(image.resize((50, 40)), "JPEG")) | {"train/owl/6.jpg"}
+
+
 # --------------------------------------------------------------------------- classes and the listing
 
 

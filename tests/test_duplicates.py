@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from planted_faults import draw_scene
@@ -73,7 +74,9 @@ def test_groups_are_those_of_a_plain_search() -> None:
         for value in sorted(set(digests))
         if value
     ]
-    assert [rows.tolist() for rows in group_equal(digests)] == [rows for rows in expected if len(rows) > 1]
+    assert [rows.tolist() for rows in group_equal(pa.array(digests))] == [
+        rows for rows in expected if len(rows) > 1
+    ]
     pairs = generator.integers(0, 100, (50, 2))
     member = list(range(100))
     for one, other in pairs.tolist():
@@ -82,7 +85,7 @@ def test_groups_are_those_of_a_plain_search() -> None:
     assert sorted(rows.tolist() for rows in group_linked(pairs, 100)) == sorted(
         rows for rows in linked if len(rows) > 1
     )
-    assert group_equal([]) == [] and group_linked(np.empty((0, 2), np.int64), 0) == []
+    assert group_equal(pa.array([], pa.string())) == [] and group_linked(np.empty((0, 2), np.int64), 0) == []
 
 
 def test_similarity_is_the_correlation_of_the_channels_about_their_means() -> None:

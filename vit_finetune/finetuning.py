@@ -141,6 +141,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         if "stops" in found:
             return found
         data = prepare_splits(recipe.data, checkup)
+        warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model)

@@ -59,7 +59,7 @@ def check_up(source: Source, config: DataConfig) -> Checkup:
     source, excluded = exclude_images(source, config)
     readings = read_images(source, config)
     images = gather_images(source, readings)
-    equal = group_equal(images.readings["digest"].to_pylist())
+    equal = group_equal(images.digests)
     pairs = _near_pairs(source, images, config)
     findings = [
         *find_unreadable(images, config.on_unreadable == "skip"),
@@ -184,7 +184,7 @@ def exclude_images(source: Source, config: DataConfig) -> tuple[Source, list[Fin
 def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarray:
     """Pairs of rows `(n, 2)` that show the same picture; of equal files, the first stands for all."""
     hashes = images.readings["phash"]
-    _, first = np.unique(images.column("digest").astype(str), return_index=True)
+    _, first = np.unique(images.digests.dictionary_encode().indices.to_numpy(), return_index=True)
     rows = first[hashes.is_valid().to_numpy()[first] & ~images.column("blank")[first]]
     if len(rows) < 2:
         return np.empty((0, 2), np.int64)
@@ -197,7 +197,7 @@ def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarra
 
     with progress("looking for near duplicates", 1, "searches") as advance:
         pairs = find_near(
-            images.readings["digest"].take(rows).to_pylist(),
+            images.digests.take(pa.array(rows)).to_pylist(),
             hashes.take(pa.array(rows)).to_numpy(),
             open_row,
             memory_path("duplicates", config),

@@ -35,15 +35,16 @@ _CROWD = 200
 """Files with one hash, above which each is compared with the first only: nearly empty pictures, or a film."""
 
 
-def group_equal(digests: Sequence[str]) -> list[np.ndarray]:
+def group_equal(digests: pa.Array) -> list[np.ndarray]:
     """Rows of equal content, group by group, each ascending; rows that stand alone are left out.
 
     Args:
-        digests: content hashes; rows with an empty one equal nothing.
+        digests: content hashes, strings; rows with an empty one equal nothing.
     """
-    values, group = np.unique(np.asarray(digests, dtype=str), return_inverse=True)
-    group[values[group] == ""] = -1
-    return _groups(group)
+    coded = digests.dictionary_encode()
+    nothing = coded.dictionary.index("").as_py()  # -1 where there is none
+    group = coded.indices.to_numpy()
+    return _groups(np.where(group == nothing, -1, group))
 
 
 def group_linked(pairs: np.ndarray, count: int) -> list[np.ndarray]:
@@ -59,9 +60,10 @@ def group_linked(pairs: np.ndarray, count: int) -> list[np.ndarray]:
 
 def _groups(group: np.ndarray) -> list[np.ndarray]:
     """The rows of each group number that two rows or more have; -1 is no group."""
-    order = np.argsort(group, kind="stable")
-    cuts = np.flatnonzero(np.diff(group[order])) + 1
-    return [rows for rows in np.split(order, cuts) if len(rows) > 1 and group[rows[0]] >= 0]
+    rows = np.flatnonzero(group >= 0)
+    rows = rows[np.bincount(group[rows])[group[rows]] > 1]  # few: most images stand alone
+    rows = rows[np.argsort(group[rows], kind="stable")]
+    return np.split(rows, np.flatnonzero(np.diff(group[rows])) + 1) if len(rows) else []
 
 
 def close_pairs(hashes: np.ndarray, distance: int = DISTANCE) -> np.ndarray:

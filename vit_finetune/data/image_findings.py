@@ -50,6 +50,11 @@ class Images:
         return values
 
     @property
+    def digests(self) -> pa.Array:
+        """Content hashes, strings; empty of what could not be opened."""
+        return self.readings["digest"].combine_chunks()
+
+    @property
     def readable(self) -> np.ndarray:
         """Which images could be decoded, bool `(n,)`."""
         readable: np.ndarray = pa.compute.equal(self.readings["problem"], "").to_numpy()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import imagehash
@@ -213,7 +213,8 @@ def _read(image: dict[str, Any] | None) -> Reading:
     _, height, width = pixels.shape
     grey = shrink(pixels).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     # The small picture may have lost a few pixels of another colour, so that it only says where to look.
-    blank = int(np.ptp(np.asarray(grey))) <= 4 and _spread(pixels) <= 4
+    low, high = cast(tuple[int, int], grey.getextrema())
+    blank = high - low <= 4 and _spread(pixels) <= 4
     phash = None
     if min(width, height) >= HASHED_SIDE:
         phash = int.from_bytes(np.packbits(imagehash.phash(grey).hash).tobytes())

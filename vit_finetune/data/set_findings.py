@@ -61,7 +61,9 @@ def find_duplicates(images: Images, groups: Sequence[np.ndarray], near: bool) ->
             f"{prefix}leak",
             "warning",
             f"{same} as one in another split, so that scores flatter the model",
-            "Take them out of train; data.exclude does",
+            "data.exclude takes those in train out"
+            if near
+            else "Training leaves its copies out; take them out of the data, too",
         ),
         copies.finding(
             f"{prefix}duplicate",
@@ -164,7 +166,7 @@ def _find_too_small(images: Images, counts: np.ndarray, config: DataConfig) -> l
     carved = [
         split
         for split, share in (("validation", config.validation_fraction), ("test", config.test_fraction))
-        if split not in images.splits and share > 0
+        if split not in images.splits and (share > 0 or (split == "validation" and config.fold is not None))
     ]
     whole = [row for split, row in zip(images.splits, counts) if RANK[split] == RANK["train"]]
     if not carved or not whole or config.splits is not None:

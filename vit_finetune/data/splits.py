@@ -13,6 +13,7 @@ import numpy as np
 
 from vit_finetune.data.checkup import Checkup, check_up, raise_errors, require_images
 from vit_finetune.data.folders import ALL
+from vit_finetune.data.set_findings import describe_listing
 from vit_finetune.data.sources import Source, column_values, load_source
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Findings, Run, RunError, write_text
@@ -64,8 +65,13 @@ def prepare_splits(config: DataConfig, checkup: Checkup | None = None) -> Prepar
     checkup = checkup or check_up(load_source(config), config)
     raise_errors(checkup.findings, config)
     require_images(checkup.source, config)
+    said = list(checkup.source.notices)
     splits = carve(checkup.source, config)
-    return PreparedData(checkup.source.kind, splits, checkup.source.labels, checkup.document(config))
+    document = checkup.document(config)
+    # What carving has to say belongs to the same document.
+    later = describe_listing(notice for notice in checkup.source.notices if notice not in said)
+    document = document.model_copy(update={"findings": [*document.findings, *later]})
+    return PreparedData(checkup.source.kind, splits, checkup.source.labels, document)
 
 
 def carve(source: Source, config: DataConfig) -> datasets.DatasetDict:
