@@ -66,7 +66,13 @@ def readers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_readmes_commands_run(readers_place: Path) -> None:
     shell = "".join(blocks("bash"))
     commands = [line.split(" #")[0].strip() for line in shell.splitlines() if line.startswith("vit-finetune")]
-    assert [shlex.split(command)[1] for command in commands] == ["check", "train", "predict"]
+    assert [shlex.split(command)[1] for command in commands] == [
+        "check",
+        "train",
+        "predict",
+        "check",
+        "train",
+    ]
     for command in commands:
         result = subprocess.run(
             [sys.executable, "-m", "vit_finetune", *shlex.split(command)[1:]], capture_output=True, text=True

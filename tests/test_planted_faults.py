@@ -113,6 +113,12 @@ def test_what_a_finding_excludes_makes_it_go_away(fault: Fault, corpus: Path, tm
         assert len(excluded) == 2, "nobody knows which label is right"
 
 
+def test_a_telephones_photograph_is_neither_animated_nor_misnamed(corpus: Path) -> None:
+    photograph, depth = draw_scene(7001), draw_scene(7002)
+    photograph.save(corpus / "train/cat/phone.jpg", "MPO", save_all=True, append_images=[depth])
+    assert look(corpus).findings == []
+
+
 # --------------------------------------------------------------------------- faults of other sources
 
 
