@@ -110,7 +110,7 @@ def test_one_file_moves_images_between_the_splits_of_a_folder(tmp_path: Path) ->
         "validation": ["train/green/0.png"],
         "test": ["train/blue/0.png"],
     }
-    assert data.notices == [
+    assert [finding.message for finding in data.findings.findings if finding.kind == "listing"] == [
         f"4 images that data.splits={path} does not name left out: test/blue/1.png, test/green/0.png, train/blue/1.png …"
     ]
 

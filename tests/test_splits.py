@@ -178,7 +178,9 @@ def test_images_of_train_that_are_in_test_are_left_out_and_said(tmp_path: Path) 
     (root / "test" / "blue").mkdir(parents=True)
     shutil.copy(root / "train" / "blue" / "3.png", root / "test" / "blue" / "leak.png")
     data = prepare_splits(config(root))
-    assert "1 image of train left out, the same as images of test: train/blue/3.png" in data.notices
+    assert "1 image of train left out, the same as images of test: train/blue/3.png" in [
+        finding.message for finding in data.findings.findings
+    ]
     assert sum(map(len, data.splits.values())) == 40
     assert ids(data.splits)["test"] == ["test/blue/leak.png"]
 
@@ -187,9 +189,10 @@ def test_prepared_data_describes_itself(folder: Path) -> None:
     (folder / "red" / "0.png").write_bytes(b"")
     data = prepare_splits(config(folder, on_unreadable="skip"))
     facts = data.describe("photos")
+    (cut,) = data.findings.findings
     assert facts["source"] == "folder"
     assert sum(split["num_images"] for split in facts["splits"].values()) == 35
-    assert facts["unreadable"] == [{"id": "red/0.png", "problem": "0 bytes"}]
+    assert [(image.id, image.detail) for image in cut.images] == [("red/0.png", "0 bytes")]
 
 
 @pytest.mark.slow

@@ -18,8 +18,10 @@ from accelerate.utils import broadcast_object_list
 from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
-from vit_finetune.console import say, show_table, warn
-from vit_finetune.data.sources import column_values
+from vit_finetune.console import say, show_findings, show_table, warn, warn_of_findings
+from vit_finetune.data.checkup import Checkup, check_up, explain_errors
+from vit_finetune.data.pictures import load_pictures
+from vit_finetune.data.sources import column_values, load_source
 from vit_finetune.data.split_files import save_splits
 from vit_finetune.data.splits import PreparedData, prepare_splits
 from vit_finetune.data.transforms import (
@@ -32,6 +34,7 @@ from vit_finetune.data.transforms import (
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
 from vit_finetune.model.loading import describe_model, load_checkpoint, load_model, quiet_transformers
 from vit_finetune.publishing.card import write_card
+from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.publishing.report import write_report
 from vit_finetune.recipe import Recipe, load_recipe
 from vit_finetune.run import Interrupted, Report, Run, RunError, write_json, write_text, written_whole
@@ -78,6 +81,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         )
         loading = _choose_loading(recipe, train, model, hardware, before)
         _show_plan(recipe, data, model, hardware, state.num_processes)
+        warn_of_findings(data.findings.findings)
         if loading.cache:
             train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
         arguments = build_arguments(
@@ -126,18 +130,27 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     return run
 
 
-def check(recipe: Recipe) -> dict[str, Any]:
-    """What `finetune` would do: classes, counts, findings, batch, model, steps, memory. Trains nothing.
+def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
+    """What is wrong with the data, and what `finetune` would do: model, batch, steps, memory. Trains nothing.
+
+    Where findings would stop `finetune`, the answer has `stops`, the reason, and nothing about training.
 
     Args:
         recipe: what to look at.
+        output: where `findings.json` and `checkup.html` go; `<output_dir>-checkup` if None.
 
     Raises:
-        RunError: what would stop `finetune`.
+        RunError: what else would stop `finetune`.
     """
+    folder = Path(output or f"{recipe.output_dir}-checkup").expanduser()
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with _quiet_libraries(), _world(recipe) as state:
-        data = prepare_splits(recipe.data)
+        checkup = check_up(load_source(recipe.data), recipe.data)
+        found = _show_checkup(recipe, checkup, folder)
+        if "stops" in found:
+            return found
+        data = prepare_splits(recipe.data, checkup)
+        warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model)
@@ -146,7 +159,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         )
         _choose_loading(recipe, train, model, hardware, None)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
-        facts = _show_plan(recipe, data, model, hardware, state.num_processes)
+        facts = found | _show_plan(recipe, data, model, hardware, state.num_processes)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
         say(f"one batch: pixel_values {tuple(batch['pixel_values'].shape)} uint8, normalised on the device")
         _show_classes(data)
@@ -257,12 +270,6 @@ def _show_plan(
         f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     )
-    for notice in data.notices:
-        warn(notice)
-    if data.unreadable:
-        warn(f"{len(data.unreadable)} unreadable images left out:")
-        for finding in data.unreadable:
-            warn(f"  {finding.id}: {finding.problem}")
     size = "×".join(map(str, facts["image_size"]))
     tokens = f", {facts['tokens']} tokens" if "tokens" in facts else ""
     origin = recipe.model.path or "from scratch"
@@ -279,13 +286,22 @@ def _show_plan(
     return facts | {
         "labels": data.labels,
         "splits": counts,
-        "notices": data.notices,
-        "unreadable": [asdict(finding) for finding in data.unreadable],
         "choices": [asdict(choice) for choice in hardware.choices],
         "images_per_step": per_step,
         "steps": steps,
         "memory_bytes": memory,
     }
+
+
+def _show_checkup(recipe: Recipe, checkup: Checkup, folder: Path) -> dict[str, Any]:
+    """Shows what is wrong with the data, writes it down, and answers it as facts by name."""
+    document = checkup.document(recipe.data)
+    show_findings(document.findings)
+    page = write_checkup(document, load_pictures(checkup.source, shown_images(document)), folder)
+    say(f"with pictures: {page}")
+    stops = explain_errors(document.findings, recipe.data)
+    facts = {"findings": document.model_dump(exclude_none=True)["findings"], "checkup": str(page)}
+    return facts | ({"stops": stops} if stops else {})
 
 
 def _show_classes(data: PreparedData) -> None:
@@ -313,6 +329,7 @@ def _open(
     try:
         write_json(run.provenance, provenance)
         save_splits(data.splits, run)
+        write_text(run.findings, data.findings.shortened().to_json())
         _save_augmented(run, train)
         write_text(run.recipe, recipe.to_yaml())  # last: a folder with a recipe is a run
     except BaseException:

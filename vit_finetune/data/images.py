@@ -17,14 +17,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Pillow warns from half of its own limit on; photographs of 100 megapixels are ordinary today. Once for the
 # process, because changing filters around each call is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# The pixels are read all the same.
+warnings.filterwarnings("ignore", "Corrupt EXIF data")
 
 
 class UnreadableImage(ValueError):
     """An image that cannot be decoded; its text says why, without the file's name."""
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
-"""What Pillow's decoders raise on broken data, beside `struct.error` and `zlib.error`."""
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError),
+    *(struct.error, zlib.error),
+)
+"""What Pillow's decoders raise on broken data."""
 
 
 class EncodedImage:
@@ -121,7 +126,7 @@ def _explained(kind: str = "") -> Iterator[None]:
         raise UnreadableImage("not an image") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"decompression bomb: {error}") from None
-    except (*_BROKEN, struct.error, zlib.error) as error:
+    except BROKEN as error:
         truncated = "truncated" in str(error).lower()
         reason = f"truncated {kind}".rstrip() if truncated else str(error)
         raise UnreadableImage(reason or type(error).__name__) from None

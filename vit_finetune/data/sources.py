@@ -113,18 +113,6 @@ def column_array(dataset: datasets.Dataset, column: str) -> pa.ChunkedArray:
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
-def missing_classes(splits: dict[str, datasets.Dataset], labels: list[str]) -> list[str]:
-    """A sentence for each split in which some class has no image."""
-    notices = []
-    for split, dataset in splits.items():
-        present = set(column_array(dataset, "label").unique().to_pylist())
-        absent = [label for number, label in enumerate(labels) if number not in present]
-        if absent:
-            where = "the data" if split == ALL else split
-            notices.append(f"{where} has no image of {first_of(absent, 8)}")
-    return notices
-
-
 # --------------------------------------------------------------------------- folders and tables
 
 
@@ -148,7 +136,7 @@ def _from_listing(kind: str, root: Path, listing: Listing) -> Source:
         label_ids = pc.index_in(rows["label"], value_set=pa.array(labels)).combine_chunks()
         groups = rows["group"].combine_chunks() if "group" in rows.column_names else None
         splits[split] = build_dataset(ids, images, label_ids.cast(pa.int64()), labels, groups)
-    return Source(kind, splits, labels, listing.notices + missing_classes(splits, labels))
+    return Source(kind, splits, labels, listing.notices)
 
 
 def build_dataset(
@@ -289,7 +277,7 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
         split: _arrange_rows(dataset, image, labels_of[split], labels, config.group)
         for split, dataset in splits.items()
     }
-    return Source("hub", arranged, labels, notices + missing_classes(arranged, labels))
+    return Source("hub", arranged, labels, notices)
 
 
 def _name_splits(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
 from vit_finetune.data.carving import carve
-from vit_finetune.data.checkup import Finding, leave_out_unreadable
+from vit_finetune.data.checkup import Checkup, check_up, raise_errors, require_images
+from vit_finetune.data.set_findings import describe_listing
 from vit_finetune.data.sources import column_values, load_source
 from vit_finetune.recipe import DataConfig
+from vit_finetune.run import Findings
 
 
 @dataclass
@@ -23,12 +25,11 @@ class PreparedData:
     splits: datasets.DatasetDict
     """Columns id, image, label and digest."""
     labels: list[str]
-    unreadable: list[Finding]
-    """Images that were left out."""
-    notices: list[str]
+    findings: Findings
+    """What the checkup saw; no errors."""
 
     def describe(self, path: str) -> dict[str, Any]:
-        """Counts, fingerprints and what was left out, for the provenance."""
+        """Counts and fingerprints, for the provenance."""
         return {
             "path": path,
             "source": self.kind,
@@ -36,19 +37,29 @@ class PreparedData:
                 name: {"num_images": len(split), "fingerprint": fingerprint(split)}
                 for name, split in self.splits.items()
             },
-            "unreadable": [asdict(finding) for finding in self.unreadable],
-            "notices": self.notices,
         }
 
 
-def prepare_splits(config: DataConfig) -> PreparedData:
-    """The splits of a data source with every image read once and the unreadable ones dealt with.
+def prepare_splits(config: DataConfig, checkup: Checkup | None = None) -> PreparedData:
+    """The splits of a data source that was checked up: what is excluded or unreadable is left out.
+
+    Args:
+        config: which data.
+        checkup: of this data, where it was done already.
 
     Raises:
-        RunError: as `load_splits`, or unreadable images and `data.on_unreadable` is `stop`.
+        RunError: as `load_splits`; or the checkup found errors.
     """
-    source, unreadable = leave_out_unreadable(load_source(config), config)
-    return PreparedData(source.kind, carve(source, config), source.labels, unreadable, source.notices)
+    checkup = checkup or check_up(load_source(config), config)
+    raise_errors(checkup.findings, config)
+    require_images(checkup.source, config)
+    said = list(checkup.source.notices)
+    splits = carve(checkup.source, config, checkup.twins)
+    document = checkup.document(config)
+    # What carving has to say belongs to the same document.
+    later = describe_listing(notice for notice in checkup.source.notices if notice not in said)
+    document = document.model_copy(update={"findings": [*document.findings, *later]})
+    return PreparedData(checkup.source.kind, splits, checkup.source.labels, document)
 
 
 def fingerprint(split: datasets.Dataset) -> str:

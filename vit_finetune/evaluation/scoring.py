@@ -265,10 +265,13 @@ def evaluate(
         splits = prepare_splits(own).splits
         _check_same_images(run, splits, split)
     else:
-        # Groups decide what is carved apart, and nothing is carved here.
-        other = own.model_copy(update={"path": data, "group": None}) if own else DataConfig(path=data)
-        source, _ = leave_out_unreadable(load_source(other), other)
-        splits = source.splits
+        # Groups decide what is carved apart, and what the run's recipe excludes are images of its own data.
+        other = (
+            own.model_copy(update={"path": data, "group": None, "exclude": None})
+            if own
+            else DataConfig(path=data)
+        )
+        splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
     if split not in splits:
         raise RunError(f"{data or target}: there is no split {split!r}; found {', '.join(splits)}")
