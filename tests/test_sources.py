@@ -319,10 +319,10 @@ def test_columns_that_name_no_groups(tmp_path: Path) -> None:
     touch(tmp_path, "images/1.png", "images/2.png")
     write_table(tmp_path / "metadata.jsonl", [{**row, "patient": None, "tags": ["a"]} for row in ROWS])
     with pytest.raises(
-        RunError, match="data.group=patient has no value in any row; the 2 images are called images/1"
+        RunError, match=r"data.group=patient has no value in any row; the 2 images are called images/1"
     ):
         load(tmp_path, group="patient")
-    with pytest.raises(RunError, match="metadata.jsonl: tags: holds list; expected one group per image"):
+    with pytest.raises(RunError, match=r"metadata.jsonl: tags: holds list; expected one group per image"):
         load(tmp_path, group="tags")
 
 
