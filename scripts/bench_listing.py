@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,9 @@ def draw(root: Path, files: int, classes: int) -> None:
         folder = root / f"class_{number:04}"
         folder.mkdir()
         for index in range(files * number // classes, files * (number + 1) // classes):
-            (folder / f"image_{index:07}.jpg").touch()
+            os.close(
+                os.open(f"{folder}/image_{index:07}.jpg", os.O_CREAT | os.O_WRONLY)
+            )  # quicker than a Path
 
 
 def main() -> None:

@@ -2,156 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import blake2b
+from collections import Counter
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
+from drawn_data import Drawn, carve_ids, components, draw, hash_of, ids_of, split_by_id
 from sklearn.model_selection import StratifiedGroupKFold
 
 from vit_finetune.data.carving import carve, drop_leaks
-from vit_finetune.data.sources import Source, build_dataset, column_values
-from vit_finetune.data.units import find_units, hash_keys
+from vit_finetune.data.sources import Source, column_values
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
-
-Split = dict[str, list[str]]
-
-
-@dataclass
-class Drawn:
-    """A drawn data set: one entry per image."""
-
-    ids: list[str]
-    labels: list[int]
-    groups: list[str | None] | None = None
-    digests: list[str] | None = None
-    twins: list[tuple[str, str]] = field(default_factory=list)
-
-    def dataset(self) -> datasets.Dataset:
-        names = [f"c{number}" for number in range(max(self.labels, default=0) + 1)]
-        images = pa.StructArray.from_arrays(
-            [pa.nulls(len(self.ids), pa.binary()), pa.array(self.ids)], names=["bytes", "path"]
-        )
-        groups = None if self.groups is None else pa.array(self.groups, pa.string())
-        dataset = build_dataset(self.ids, images, self.labels, names, groups)
-        return dataset if self.digests is None else dataset.add_column("digest", self.digests)
-
-    def source(self) -> Source:
-        dataset = self.dataset()
-        return Source("folder", {"all": dataset}, dataset.features["label"].names)
-
-    def rows(self, numbers: Sequence[int]) -> Drawn:
-        def taken(values: Any) -> Any:
-            return None if values is None else [values[number] for number in numbers]
-
-        return replace(
-            self,
-            ids=taken(self.ids),
-            labels=taken(self.labels),
-            groups=taken(self.groups),
-            digests=taken(self.digests),
-        )
-
-
-def draw(seed: int, tied: bool = False, smallest: int = 3) -> Drawn:
-    """Up to 6 classes with some to some hundred images; where tied, in small groups, with duplicates and twins."""
-    random = np.random.default_rng(seed)
-    sizes = random.integers(smallest, [12, 40, 200][seed % 3], size=random.integers(2, 7))
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    ids = [f"c{label}/{number}.jpg" for number, label in enumerate(labels.tolist())]
-    if not tied:
-        return Drawn(ids, labels.tolist())
-    # Groups lie in one class, but for one in twenty images, and one in five images has none.
-    groups = [
-        None if random.random() < 0.2 else f"{label if random.random() < 0.95 else 0}-{random.integers(12)}"
-        for label in labels.tolist()
-    ]
-    digests = [
-        f"d{number if random.random() < 0.9 else random.integers(len(ids))}" for number in range(len(ids))
-    ]
-    twins = [(str(one), str(other)) for one, other in random.choice(ids, (len(ids) // 20, 2))]
-    return Drawn(ids, labels.tolist(), groups, digests, [*twins, (ids[0], "elsewhere.jpg")])
-
-
-def ids_of(splits: datasets.DatasetDict | dict[str, datasets.Dataset]) -> Split:
-    return {name: column_values(split, "id") for name, split in splits.items()}
-
-
-def carve_ids(drawn: Drawn, **options: Any) -> Split:
-    return ids_of(carve(drawn.source(), DataConfig(path="drawn", **options), drawn.twins))
-
-
-def split_by_id(splits: Split) -> dict[str, str]:
-    return {identity: name for name, rows in splits.items() for identity in rows}
-
-
-def components(drawn: Drawn) -> list[set[str]]:
-    """Images that belong together, by joining sets until nothing changes."""
-    sets = {identity: {identity} for identity in drawn.ids}
-
-    def join(one: str, other: str) -> None:
-        if sets[one] is not sets[other]:
-            sets[one] |= sets[other]
-            for identity in sets[other]:
-                sets[identity] = sets[one]
-
-    for values in (drawn.groups, drawn.digests):
-        first: dict[str, str] = {}
-        for identity, value in zip(drawn.ids, values or []):
-            if value:
-                join(first.setdefault(value, identity), identity)
-    for one, other in drawn.twins:
-        if one in sets and other in sets:
-            join(one, other)
-    return list({id(members): members for members in sets.values()}.values())
-
-
-def hash_of(text: str, seed: int = 0) -> int:
-    return int.from_bytes(blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest(), "little")
-
-
-# --------------------------------------------------------------------------- units
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_units_are_the_connected_components(seed: int) -> None:
-    drawn = draw(seed, tied=True)
-    units = find_units(drawn.dataset(), 7, drawn.twins)
-    members = defaultdict(set)
-    for identity, unit in zip(drawn.ids, units.of_image.tolist()):
-        members[unit].add(identity)
-    assert sorted(map(sorted, members.values())) == sorted(map(sorted, components(drawn)))
-    row = {identity: number for number, identity in enumerate(drawn.ids)}
-    assert drawn.groups is not None
-    for unit, together in members.items():
-        assert units.sizes[unit] == len(together)
-        counts = Counter(drawn.labels[row[identity]] for identity in together)
-        most = max(counts.values())
-        assert units.labels[unit] == min(label for label, count in counts.items() if count == most)
-        groups = {identity: drawn.groups[row[identity]] for identity in together}
-        keys = [f"group {group}" if group else identity for identity, group in groups.items()]
-        assert units.keys[unit] == min(hash_of(key, 7) for key in keys)
-
-
-def test_what_ties_nothing_makes_every_image_a_unit() -> None:
-    drawn = Drawn(["a", "b", "c"], [0, 1, 1], [None, "x", ""], ["", "1", ""], [("a", "nowhere")])
-    units = find_units(drawn.dataset(), 0, drawn.twins)
-    assert units.of_image.tolist() == [0, 1, 2]
-    assert units.labels.tolist() == [0, 1, 1]
-    assert units.keys.tolist() == [hash_of("a"), hash_of("group x"), hash_of("c")]
-
-
-def test_hashes_are_the_same_for_ever() -> None:
-    # printf '0\0cat/1.jpg' | b2sum -l 64
-    expected = ["5e2712cb05756c6e", "732159c5a01a3c28"]
-    assert hash_keys(0, ["cat/1.jpg", "Ä"]).astype("<u8").tobytes().hex() == "".join(expected)
-
 
 # --------------------------------------------------------------------------- shares
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 from conftest import draw_folder
-from test_carving import Drawn, draw, ids_of
+from drawn_data import Drawn, draw, ids_of
 
 from vit_finetune.data.carving import carve, load_splits
 from vit_finetune.data.sources import Source, column_values

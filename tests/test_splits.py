@@ -198,7 +198,11 @@ def test_prepared_data_describes_itself(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_million_files_are_split_in_seconds_and_in_little_memory() -> None:
     script = Path(__file__).resolve().parent.parent / "scripts" / "bench_listing.py"
-    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    memory = (
+        ["--where", "/dev/shm"] if os.access("/dev/shm", os.W_OK) else []
+    )  # drawn and removed in less time
+    words = [sys.executable, str(script), *memory]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     for line, files, seconds in zip(printed.splitlines()[1:], (60_000, 1_000_000), (1.5, 30), strict=True):
         fields = line.replace(",", "").split()
         assert int(fields[0]) == files
