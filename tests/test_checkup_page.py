@@ -94,7 +94,8 @@ def test_pictures_are_small_and_show_what_training_sees(tmp_path: Path) -> None:
             fault.plant(root)
     config = DataConfig(path=str(root))
     checkup = check_up(load_source(config), config)
-    pictures = load_pictures(checkup.source, shown_images(checkup.document(config)))
+    assert checkup.findings[0].kind == "unreadable", "of which there is no picture"
+    pictures = load_pictures(load_source(config), shown_images(checkup.document(config)))
     sizes = {name: Image.open(io.BytesIO(data)).size for (_, name), data in pictures.items()}
     assert sizes == {
         "train/cat/panorama.jpg": (SIDE, 95),

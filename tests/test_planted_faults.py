@@ -16,7 +16,7 @@ from vit_finetune.data.sources import Source, column_values, load_source
 from vit_finetune.data.splits import prepare_splits
 from vit_finetune.publishing.checkup_page import write_checkup
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import Finding, RunError
+from vit_finetune.run import Finding, Findings, RunError
 
 
 def config(path: Path | str, **options: object) -> DataConfig:
@@ -307,6 +307,9 @@ def test_an_exclusion_of_other_data_is_refused(corpus: Path, tmp_path: Path) -> 
     with pytest.raises(
         RunError, match=r"1 image to exclude is not in .*: train/cat/2 \(2\).jpg. The data changed"
     ):
+        look(corpus, exclude=str(document))
+    document.write_text(Findings.load(document).shortened().to_json())
+    with pytest.raises(RunError, match="a run lists the first images of each finding only; expected the"):
         look(corpus, exclude=str(document))
     document.write_text("{}")
     with pytest.raises(

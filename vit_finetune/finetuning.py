@@ -21,7 +21,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, se
 from vit_finetune.console import say, show_findings, show_table, warn, warn_of_findings
 from vit_finetune.data.checkup import Checkup, check_up, explain_errors
 from vit_finetune.data.pictures import load_pictures
-from vit_finetune.data.sources import column_values, load_source
+from vit_finetune.data.sources import Source, column_values, load_source
 from vit_finetune.data.split_files import save_splits
 from vit_finetune.data.splits import PreparedData, prepare_splits
 from vit_finetune.data.transforms import (
@@ -145,8 +145,9 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     folder = Path(output or f"{recipe.output_dir}-checkup").expanduser()
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with _quiet_libraries(), _world(recipe) as state:
-        checkup = check_up(load_source(recipe.data), recipe.data)
-        found = _show_checkup(recipe, checkup, folder)
+        source = load_source(recipe.data)
+        checkup = check_up(source, recipe.data)
+        found = _show_checkup(recipe, source, checkup, folder)
         if "stops" in found:
             return found
         data = prepare_splits(recipe.data, checkup)
@@ -293,11 +294,11 @@ def _show_plan(
     }
 
 
-def _show_checkup(recipe: Recipe, checkup: Checkup, folder: Path) -> dict[str, Any]:
+def _show_checkup(recipe: Recipe, source: Source, checkup: Checkup, folder: Path) -> dict[str, Any]:
     """Shows what is wrong with the data, writes it down, and answers it as facts by name."""
     document = checkup.document(recipe.data)
     show_findings(document.findings)
-    page = write_checkup(document, load_pictures(checkup.source, shown_images(document)), folder)
+    page = write_checkup(document, load_pictures(source, shown_images(document)), folder)
     say(f"with pictures: {page}")
     stops = explain_errors(document.findings, recipe.data)
     facts = {"findings": document.model_dump(exclude_none=True)["findings"], "checkup": str(page)}

@@ -151,6 +151,8 @@ class Findings(BaseModel):
     num_images: dict[str, int]
     """Images by split, as the data has them before anything is carved or left out."""
     findings: list[Finding]
+    whole: bool = True
+    """Whether all images are listed; not so in a run."""
 
     def to_json(self) -> str:
         """The document as JSON."""
@@ -158,7 +160,8 @@ class Findings(BaseModel):
 
     def shortened(self) -> Findings:
         """The document with the first few images of each finding, as a run keeps it."""
-        return self.model_copy(update={"findings": [finding.shortened() for finding in self.findings]})
+        findings = [finding.shortened() for finding in self.findings]
+        return self.model_copy(update={"findings": findings, "whole": False})
 
     @classmethod
     def load(cls, path: Path) -> Findings:

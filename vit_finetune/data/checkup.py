@@ -147,9 +147,15 @@ def exclude_images(source: Source, config: DataConfig) -> tuple[Source, list[Fin
     if config.exclude is None:
         return source, []
     path = Path(config.exclude).expanduser()
+    document = Findings.load(path)
+    if not document.whole:
+        raise RunError(
+            f"{path}: a run lists the first images of each finding only; expected the findings.json that "
+            f"`vit-finetune check` wrote"
+        )
     listed = {
         (image.split, image.id): image.model_copy(update={"detail": "", "group": None})
-        for finding in Findings.load(path).findings
+        for finding in document.findings
         for image in finding.exclude
     }
     splits = {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 import torch
 
-from vit_finetune.data.images import decode_image
+from vit_finetune.data.images import UnreadableImage, decode_image
 from vit_finetune.data.readings import shrink
 from vit_finetune.data.sources import Source, column_values
 from vit_finetune.run import FoundImage
@@ -20,10 +21,10 @@ SIDE = 128
 
 
 def load_pictures(source: Source, images: Iterable[FoundImage]) -> dict[tuple[str, str], bytes]:
-    """Pictures by split and id, as JPEG, or PNG where small; images that are not in the source have none.
+    """Pictures by split and id, as JPEG, or PNG where small; images that cannot be decoded have none.
 
     Args:
-        source: only with images that can be decoded.
+        source: where the images are.
         images: which.
     """
     wanted = defaultdict(set)
@@ -32,7 +33,10 @@ def load_pictures(source: Source, images: Iterable[FoundImage]) -> dict[tuple[st
     pictures = {}
     for split, dataset in source.splits.items():
         for row, identity in enumerate(column_values(dataset, "id") if wanted[split] else []):
-            if identity in wanted[split]:
+            if identity not in wanted[split]:
+                continue
+            # The findings say which images cannot be read, and why.
+            with suppress(UnreadableImage, OSError):
                 pictures[split, identity] = _draw(open_image(dataset, row))
     return pictures
 
@@ -42,8 +46,11 @@ def open_image(dataset: datasets.Dataset, row: int) -> torch.Tensor:
 
     Raises:
         UnreadableImage: it cannot be decoded.
+        OSError: its file cannot be opened.
     """
     stored = dataset.select_columns(["image"]).with_format("arrow")[row]["image"][0].as_py()
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
+        raise UnreadableImage("the row holds no image")
     data = stored["bytes"]
     return decode_image(data if data is not None else Path(stored["path"]).read_bytes())
 
