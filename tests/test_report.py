@@ -100,6 +100,7 @@ def test_numbers_are_the_reports(tmp_path: Path) -> None:
     for mistake in report.worst_mistakes:
         assert f"true {mistake.label} predicted {mistake.predicted} ({mistake.probability:.1%})" in page.text
         assert mistake.id in page.text
+    assert "6% waiting for images, 3% evaluation: nothing to change." in page.text
 
 
 def test_shows_every_chart_with_its_axes_and_every_picture(tmp_path: Path) -> None:
