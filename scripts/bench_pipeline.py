@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import io
 import itertools
+import math
 import os
 import sys
 import tempfile
@@ -97,14 +98,13 @@ def batches_of_timm(folder: Path, prefetcher: bool) -> Iterator[Any]:
         yield from loader
 
 
-def batches_of_ours(folder: Path, cache: Path | None, normalized: bool) -> Iterator[Any]:
-    """As ours reads; normalised here only to compare with the others: training does it on the device."""
-    from torch.utils.data import DataLoader
+def training_images(folder: Path, cache: Path | None) -> tuple[Any, Any]:
+    """Our training images, from files or from a cache, and the image processor."""
     from transformers import ViTImageProcessor
 
     from vit_finetune.data.sources import column_values
     from vit_finetune.data.splits import prepare_splits
-    from vit_finetune.data.transforms import EpochSampler, TrainingImages, collate, normalize
+    from vit_finetune.data.transforms import TrainingImages
     from vit_finetune.recipe import AugmentationConfig, DataConfig
 
     splits = prepare_splits(DataConfig(path=str(folder), test_fraction=0, validation_fraction=0.07)).splits
@@ -112,6 +112,16 @@ def batches_of_ours(folder: Path, cache: Path | None, normalized: bool) -> Itera
     images = TrainingImages(splits["train"], processor, AugmentationConfig(crop_scale=(0.08, 1.0)), seed=0)
     if cache:
         images.read_from_cache(cache, column_values(splits["train"], "digest"))
+    return images, processor
+
+
+def batches_of_ours(folder: Path, cache: Path | None, normalized: bool) -> Iterator[Any]:
+    """As ours reads; normalised here only to compare with the others: training does it on the device."""
+    from torch.utils.data import DataLoader
+
+    from vit_finetune.data.transforms import EpochSampler, collate, normalize
+
+    images, processor = training_images(folder, cache)
     sampler = EpochSampler(len(images), seed=0)
     loader = DataLoader(images, BATCH, sampler=sampler, drop_last=True, collate_fn=collate)
     for epoch in itertools.count():
@@ -120,6 +130,25 @@ def batches_of_ours(folder: Path, cache: Path | None, normalized: bool) -> Itera
             if normalized:
                 batch["pixel_values"] = normalize(batch["pixel_values"], processor)
             yield batch
+
+
+def describe_cache(folder: Path, cache: Path, epochs: int = 5) -> str:
+    """Size of the cache, and how far its training images are from those of the files."""
+    from vit_finetune.data.transforms import TrainingIndex
+
+    (from_files, _), (from_cache, _) = training_images(folder, None), training_images(folder, cache)
+    absolute = squared = 0.0
+    for epoch, row in itertools.product(range(epochs), range(len(from_files))):
+        key = TrainingIndex(epoch, row)
+        one, other = (images[key]["pixel_values"].float() for images in (from_files, from_cache))
+        absolute += float((one - other).abs().mean())
+        squared += float((one - other).square().mean())
+    count = epochs * len(from_files)
+    size = sum(path.stat().st_size for path in cache.rglob("*.bin")) / len(from_files)
+    return (
+        f"cache: {size / 1000:,.0f} kB an image; its training images differ from those of the files by "
+        f"{absolute / count:.1f} of 255 on average (PSNR {-10 * math.log10(squared / count / 255**2):.1f} dB)"
+    )
 
 
 def batches_of_decoder(folder: Path, decode: Callable[[bytes], Any]) -> Iterator[Any]:
@@ -210,6 +239,7 @@ def main(words: Iterable[str] | None = None) -> None:
             for name, batches in rows.items():
                 rates[name].append(measure(batches, options.seconds))
         print_table("one core", rates)
+        print(f"\n{describe_cache(Path(temporary) / 'photos', Path(temporary) / 'pixels')}")
 
 
 if __name__ == "__main__":
