@@ -93,6 +93,15 @@ def test_the_readmes_commands_run(readers_place: Path) -> None:
     assert resolved["model"]["path"] == "google/vit-base-patch16-224-in21k"
 
 
+def test_the_commands_about_data_are_valid() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("$k", "1")
+    commands = re.findall(r"^ *vit-finetune train (.*)$", page, re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        name, *overrides = shlex.split(command, comments=True)
+        load_recipe(name, overrides)
+
+
 def test_every_verb_of_the_readme_exists() -> None:
     listed = re.findall(r"^\| `vit-finetune (\w+)", README, re.MULTILINE)
     from vit_finetune.cli import app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -117,9 +118,28 @@ def test_evaluate_refuses_a_test_split_that_would_be_another(folder: Path, tmp_p
     assert evaluate(run.path) == Report.load(run.report("test")).model_copy(
         update={"worst_mistakes": evaluate(run.path).worst_mistakes}
     )
-    draw_image((210, 40, 50), 99).save(folder / "red" / "new.png")
+    with (run.splits / "test.csv").open(newline="", encoding="utf-8") as file:
+        one_of_test = next(csv.DictReader(file))["id"]
+    draw_image((210, 40, 50), 99).save(folder / one_of_test)
     with pytest.raises(RunError, match="images have changed since it was trained"):
         evaluate(run.path)
+
+
+@pytest.mark.slow
+def test_a_run_of_groups_is_repeated_by_its_splits(folder: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 2}
+    data = {"group": r"[05]\.png", "per_class": 6, "test_fraction": 0.2}
+    run = finetune(tiny_recipe(folder, tmp_path / "run", training=options, data=data))
+    with (run.splits / "train.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["group"] for row in csv.DictReader(file)} <= {"0.png", "5.png", ""}
+    again = finetune(
+        tiny_recipe(folder, tmp_path / "again", training=options, data={"splits": str(run.path)})
+    )
+    one, other = (path.read_provenance()["data"]["splits"] for path in (run, again))
+    assert one == other and one["train"]["num_images"] <= 18
+    assert evaluate(again.path).accuracy == Report.load(run.report("test")).accuracy
+    renamed = draw_folder(tmp_path / "other", per_class=2, suffix=".jpg")
+    assert evaluate(run.path, data=str(renamed)).num_images == 6  # no group in any id
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
@@ -21,7 +22,8 @@ from vit_finetune.console import say, show_findings, show_table, warn, warn_of_f
 from vit_finetune.data.checkup import Checkup, check_up, explain_errors
 from vit_finetune.data.pictures import load_pictures
 from vit_finetune.data.sources import Source, column_values, load_source
-from vit_finetune.data.splits import PreparedData, prepare_splits, save_splits
+from vit_finetune.data.split_files import save_splits
+from vit_finetune.data.splits import PreparedData, prepare_splits
 from vit_finetune.data.transforms import (
     EvaluationImages,
     TrainingImages,
@@ -43,6 +45,7 @@ from vit_finetune.training.hardware import (
     choose_hardware,
     estimate_memory,
 )
+from vit_finetune.training.loading import Loading, choose_loading
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
@@ -73,12 +76,17 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model, before)
         model.set_attn_implementation(hardware.attn_implementation)
-        _show_plan(recipe, data, model, hardware, state.num_processes)
-        warn_of_findings(data.findings.findings)
         train = TrainingImages(
             data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
         )
-        arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
+        loading = _choose_loading(recipe, train, model, hardware, before)
+        _show_plan(recipe, data, model, hardware, state.num_processes)
+        warn_of_findings(data.findings.findings)
+        if loading.cache:
+            train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
+        arguments = build_arguments(
+            recipe.training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size
+        )
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
         if state.is_main_process:
             _open(run, recipe, data, train, provenance)
@@ -99,7 +107,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         finally:
             stop.stop_listening()
             display.bar.stop()  # also where training failed, or the bar would be drawn below the error
-        provenance |= describe_training(trainer, result.metrics, hardware, before)
+        provenance |= describe_training(trainer, result.metrics, hardware, loading, before)
         if stop.interrupted:
             if state.is_main_process:
                 write_json(run.provenance, provenance)
@@ -117,6 +125,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             write_card(run)
             write_report(run)  # last: a run with a report is finished
             _show_reports(reports, run)
+            say(provenance["verdict"])
         state.wait_for_everyone()
     return run
 
@@ -149,6 +158,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         train = TrainingImages(
             data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
         )
+        _choose_loading(recipe, train, model, hardware, None)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
         facts = found | _show_plan(recipe, data, model, hardware, state.num_processes)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
@@ -180,6 +190,20 @@ def _world(recipe: Recipe) -> Iterator[PartialState]:
     state = PartialState(cpu=recipe.training.use_cpu or not torch.accelerator.is_available())
     check_world(state.num_processes)
     yield state
+
+
+def _choose_loading(
+    recipe: Recipe,
+    train: TrainingImages,
+    model: PreTrainedModel,
+    hardware: Hardware,
+    before: dict[str, Any] | None,
+) -> Loading:
+    """How images are loaded, the same in every process; its choices join the machine's."""
+    loading = choose_loading(recipe.training, recipe.data.cache, train, model, hardware, before)
+    shared: list[Loading] = broadcast_object_list([loading])  # each process measured, the main one decides
+    hardware.choices += shared[0].choices
+    return shared[0]
 
 
 def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
