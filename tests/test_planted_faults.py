@@ -176,6 +176,9 @@ def test_a_class_that_only_the_test_has_stops_training() -> None:
     (finding,) = check_up(source, config("owner/name")).findings
     assert (finding.kind, finding.severity, finding.count) == ("class-missing", "error", 1)
     assert finding.message == "train has no image of c, which is in test only"
+    # The splits that the recipe names may put it where it is needed.
+    (finding,) = check_up(source, config("owner/name", splits="runs/before")).findings
+    assert (finding.kind, finding.severity) == ("class-missing", "warning")
 
 
 def test_a_class_that_nothing_has_is_a_warning() -> None:

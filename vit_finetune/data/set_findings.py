@@ -121,14 +121,15 @@ def find_class_faults(images: Images, config: DataConfig) -> list[Finding]:
         ]
     )  # (splits, classes)
     return [
-        *_find_missing(images, counts),
+        *_find_missing(images, counts, stops=config.splits is None),
         *_find_too_small(images, counts, config),
         *_find_imbalance(images, counts),
         *_find_alike_names(images.labels),
     ]
 
 
-def _find_missing(images: Images, counts: np.ndarray) -> list[Finding]:
+def _find_missing(images: Images, counts: np.ndarray, stops: bool) -> list[Finding]:
+    """Classes that a split lacks; `stops` is off where the recipe divides the images anew."""
     found = []
     nowhere = counts.sum(axis=0) == 0
     if nowhere.any():
@@ -151,7 +152,7 @@ def _find_missing(images: Images, counts: np.ndarray) -> list[Finding]:
         found.append(
             Finding(
                 kind="class-missing",
-                severity="error" if trained else "warning",
+                severity="error" if trained and stops else "warning",
                 message=f"{split} has no image of {first_of(names, 8)}, "
                 f"{'which is' if len(names) == 1 else 'which are'} in {' and '.join(others)} only",
                 advice=f"Add images of {'it' if len(names) == 1 else 'them'} to {split}"

@@ -265,12 +265,8 @@ def evaluate(
         splits = prepare_splits(own).splits
         _check_same_images(run, splits, split)
     else:
-        # Groups decide what is carved apart, and what the run's recipe excludes are images of its own data.
-        other = (
-            own.model_copy(update={"path": data, "group": None, "exclude": None})
-            if own
-            else DataConfig(path=data)
-        )
+        # Groups decide what is carved apart, and nothing is carved here; nor is anything excluded.
+        other = own.model_copy(update={"path": data, "group": None}) if own else DataConfig(path=data)
         splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
     if split not in splits:
