@@ -21,6 +21,7 @@ from vit_finetune.data.archives import cache_dir
 from vit_finetune.data.folders import ALL
 from vit_finetune.data.images import UnreadableImage, decode_image
 from vit_finetune.data.sources import Source, column_values, missing_classes
+from vit_finetune.data.webdataset import is_member_path, read_encoded
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError, written_whole
 
@@ -57,8 +58,8 @@ def leave_out_unreadable(source: Source, config: DataConfig) -> tuple[Source, li
     """
     readings = _read_all(source, config)
     findings = [
-        # Rows of the Hub are counted in each split from 0.
-        Finding(f"{split} {name}" if source.kind == "hub" else name, reading.problem)
+        # Rows of the Hub and of Parquet files are counted in each split from 0.
+        Finding(f"{split} {name}" if source.kind in ("hub", "parquet") else name, reading.problem)
         for split, rows in readings.items()
         for name, reading in zip(column_values(source.splits[split], "id"), rows)
         if reading.problem
@@ -127,6 +128,8 @@ def _read(image: dict[str, Any] | None, memory: _Memory) -> _Reading:
         return _Reading("", "the row holds no image")
     data: bytes | None = image["bytes"]
     try:
+        if data is None and is_member_path(image["path"]):
+            data = read_encoded(image)
         if data is not None:
             key = digest = _hash(data)
         else:

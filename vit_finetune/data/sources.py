@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from vit_finetune.data.archives import is_archive, unpack
+from vit_finetune.data.archives import cache_dir, is_archive, unpack
 from vit_finetune.data.folders import (
     ALL,
     SPLIT_NAMES,
@@ -24,8 +24,17 @@ from vit_finetune.data.folders import (
     natural_key,
     walk_files,
 )
+from vit_finetune.data.shards import (
+    Shards,
+    class_id,
+    find_shards,
+    image_column,
+    label_column,
+    read_class_names,
+)
 from vit_finetune.data.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column, find_tables, list_tables
 from vit_finetune.data.tables import SUFFIXES as TABLE_SUFFIXES
+from vit_finetune.data.webdataset import index_webdataset
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -35,7 +44,7 @@ class Source:
     """What a data source holds before anything is carved: datasets with the columns id, image and label."""
 
     kind: str
-    """folder, archive, table, hub or built-in."""
+    """folder, archive, table, webdataset, parquet, hub or built-in."""
     splits: dict[str, datasets.Dataset]
     """By train, validation and test, or all under `all` where the source has no splits."""
     labels: list[str]
@@ -52,6 +61,9 @@ def load_source(config: DataConfig) -> Source:
     """
     if config.path == "digits":
         return _digits()
+    shards = find_shards(config.path)
+    if shards:
+        return _from_parquet(shards, config) if shards.kind == "parquet" else _from_webdataset(shards, config)
     path = Path(config.path).expanduser()
     if path.is_dir():
         return _from_folder(path, config, "folder")
@@ -186,6 +198,60 @@ def _common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
         number = "one class only" if known else "no class"
         raise RunError(f"{where}: found {number}{found}. Expected at least two classes")
     return sorted(known, key=natural_key)
+
+
+# --------------------------------------------------------------------------- shards
+
+
+def _from_webdataset(shards: Shards, config: DataConfig) -> Source:
+    """The samples of WebDataset tars by their indices; no image is read."""
+    names = read_class_names(shards.root)
+    indices = {
+        split: datasets.concatenate_datasets(
+            [index_webdataset(shard, shards.name_of(shard), config) for shard in files]
+        )
+        for split, files in shards.files.items()
+    }
+    written = {split: _distinct(index) for split, index in indices.items()}
+    if names is None:
+        labels = _common_labels(config.path, {split: set(texts) for split, (texts, _) in written.items()})
+    else:
+        labels = names
+    splits = {}
+    for split, index in indices.items():
+        texts, positions = written[split]
+        ids = np.array([class_id(text, labels, config.path) for text in texts], np.int64)[positions]
+        splits[split] = index.remove_columns("label").add_column(
+            "label", ids, feature=datasets.ClassLabel(names=labels)
+        )
+    return Source("webdataset", splits, labels, missing_classes(splits, labels))
+
+
+def _distinct(index: datasets.Dataset) -> tuple[list[str], np.ndarray]:
+    """The different labels of an index, and for each row the position of its own among them."""
+    column = index.with_format("arrow")[:]["label"].combine_chunks().dictionary_encode()
+    return column.dictionary.to_pylist(), column.indices.to_numpy()
+
+
+def _from_parquet(shards: Shards, config: DataConfig) -> Source:
+    """Parquet files with image bytes, as an Arrow copy that is memory-mapped from the cache."""
+    first = next(iter(shards.files.values()))[0]
+    image, label = image_column(first, config), label_column(first, config)
+    files = {
+        "train" if split == ALL else split: [str(shard) for shard in files]
+        for split, files in shards.files.items()
+    }
+    try:
+        loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_dir() / "parquet"))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise RunError(f"{config.path}: could not be read ({error}: {error.__cause__})") from error
+    loaded = loaded.select_columns([image, label]).cast_column(image, datasets.Image())
+    names = read_class_names(shards.root)
+    if names and not isinstance(loaded[next(iter(loaded))].features[label], datasets.ClassLabel):
+        loaded = loaded.cast_column(label, datasets.ClassLabel(names=names))
+    chosen = config.model_copy(update={"image_column": image, "label_column": label})
+    source = arrange_columns(loaded, chosen)
+    return Source("parquet", source.splits, source.labels, source.notices)
 
 
 # --------------------------------------------------------------------------- the Hub and what is built in

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -21,6 +20,7 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 from vit_finetune.data.augmentation import Augmentation, generator_of
 from vit_finetune.data.images import decode_image
 from vit_finetune.data.sources import column_values
+from vit_finetune.data.webdataset import read_encoded
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError
 
@@ -53,7 +53,7 @@ class ImageFiles(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         row = self.rows[index] if self.rows is not None else self.images[index]["image"]
-        return decode_image(row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes())
+        return decode_image(read_encoded(row))
 
 
 class EvaluationImages(Dataset[dict[str, Any]]):
