@@ -18,8 +18,10 @@ from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_table, warn
+from vit_finetune.data.batches import StreamBatches, count_batches
 from vit_finetune.data.sources import column_values
-from vit_finetune.data.splits import PreparedData, prepare_splits, save_splits
+from vit_finetune.data.splits import PreparedData, save_splits
+from vit_finetune.data.streaming import PreparedStream, prepare_data
 from vit_finetune.data.transforms import (
     EvaluationImages,
     TrainingImages,
@@ -64,20 +66,18 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         return run
     with _quiet_libraries(), _world(recipe) as state:
         with state.main_process_first():
-            data = prepare_splits(recipe.data)
+            data = prepare_data(recipe.data)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model, before)
         model.set_attn_implementation(hardware.attn_implementation)
+        train = _training_data(recipe, data, image_processor, hardware, state, before)
         _show_plan(recipe, data, model, hardware, state.num_processes)
-        train = TrainingImages(
-            data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
-        )
         arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
         if state.is_main_process:
-            _open(run, recipe, data, train, provenance)
+            _open(run, recipe, data, _first_images(recipe, data, image_processor, 6), provenance)
         state.wait_for_everyone()
         stop = StopOnInterrupt()
         display = ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes)
@@ -128,13 +128,11 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with _quiet_libraries(), _world(recipe) as state:
-        data = prepare_splits(recipe.data)
+        data = prepare_data(recipe.data)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model)
-        train = TrainingImages(
-            data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
-        )
+        train = _first_images(recipe, data, image_processor, hardware.batch_size)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
         facts = _show_plan(recipe, data, model, hardware, state.num_processes)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
@@ -211,6 +209,57 @@ def _resuming(command: str | None) -> str:
     return command if "--resume" in command.split() else f"{command} --resume"
 
 
+def _training_data(
+    recipe: Recipe,
+    data: PreparedData,
+    image_processor: BaseImageProcessor,
+    hardware: Hardware,
+    state: PartialState,
+    before: dict[str, Any] | None,
+) -> TrainingImages | StreamBatches:
+    """What the Trainer reads: the training images, or the batches of a stream.
+
+    Raises:
+        RunError: a stream that cannot be divided, does not tell its length, or was begun by another number of
+            processes.
+    """
+    seed = recipe.training.seed
+    if not isinstance(data, PreparedStream):
+        return TrainingImages(data.splits["train"], image_processor, recipe.augmentation, seed)
+    if before:  # the order of a stream depends on who reads it
+        hardware.num_workers = int(_choices(before)["loader processes"])
+        if before["hardware"]["processes"] != state.num_processes:
+            raise RunError(
+                f"the run was started with {before['hardware']['processes']} processes and streams its images, "
+                f"so it can only be resumed by as many; found {state.num_processes}"
+            )
+    max_steps = int(getattr(recipe.training, "max_steps", -1))
+    return StreamBatches(
+        data.train,
+        image_processor,
+        recipe.augmentation,
+        seed,
+        hardware.batch_size,
+        hardware.num_workers,
+        not hardware.use_cpu,
+        state.num_processes,
+        state.process_index,
+        max_steps * _accumulation(recipe) if max_steps > 0 else None,
+    )
+
+
+def _choices(before: dict[str, Any]) -> dict[str, str]:
+    return {choice["name"]: choice["value"] for choice in before["choices"]}
+
+
+def _first_images(
+    recipe: Recipe, data: PreparedData, image_processor: BaseImageProcessor, count: int
+) -> TrainingImages:
+    """Training images to look at: all, or the first of a stream."""
+    images = data.train.head(count) if isinstance(data, PreparedStream) else data.splits["train"]
+    return TrainingImages(images, image_processor, recipe.augmentation, recipe.training.seed)
+
+
 def _accumulation(recipe: Recipe) -> int:
     return recipe.training.gradient_accumulation_steps
 
@@ -219,19 +268,25 @@ def _show_plan(
     recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, processes: int
 ) -> dict[str, Any]:
     """Says what is about to be done, and answers it as facts by name."""
-    counts = {name: len(split) for name, split in data.splits.items()}
+    counts: dict[str, int | None] = {name: len(split) for name, split in data.splits.items()}
     facts = describe_model(model)
     per_step = processes * hardware.batch_size * _accumulation(recipe)
-    batches = -(-counts["train"] // (processes * hardware.batch_size))
-    steps_per_epoch = max(1, -(-batches // _accumulation(recipe)))
     epochs, steps = recipe.training.num_train_epochs, int(getattr(recipe.training, "max_steps", -1))
+    if isinstance(data, PreparedStream):
+        counts = {"train": data.train.num_images} | counts
+        batches = count_batches(data.train, hardware.batch_size, processes) or steps * _accumulation(recipe)
+    else:
+        batches = -(-len(data.splits["train"]) // (processes * hardware.batch_size))
+    steps_per_epoch = max(1, -(-batches // _accumulation(recipe)))
     if steps <= 0:
         steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
     fixed, each = estimate_memory(model)
     memory = fixed + each * hardware.batch_size
     say(
         f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
-        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        + ", ".join(
+            f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
+        )
     )
     for notice in data.notices:
         warn(notice)

@@ -7,19 +7,21 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of, first_of, natural_key
 from vit_finetune.data.images import is_image_name
 from vit_finetune.data.tables import LABEL_COLUMNS, METADATA_NAMES, find_column
-from vit_finetune.data.webdataset import is_webdataset, walk_samples
+from vit_finetune.data.webdataset import index_webdataset, is_webdataset, walk_samples
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -43,13 +45,18 @@ class Shards:
         return shard.relative_to(self.root).as_posix()
 
     def fingerprint(self) -> str:
-        """A hash of the names, sizes and modification times of all shards."""
+        """A hash of the names and sizes of all shards, wherever they lie."""
         facts = [
-            f"{split}|{shard.resolve()}|{shard.stat().st_size}|{shard.stat().st_mtime_ns}"
+            f"{split}|{self.name_of(shard)}|{shard.stat().st_size}"
             for split, shards in self.files.items()
             for shard in shards
         ]
-        return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+    def place(self) -> str:
+        """What changes when any shard does: where they lie and when they were written."""
+        times = [shard.stat().st_mtime_ns for shards in self.files.values() for shard in shards]
+        return f"{self.root.resolve()}|{self.fingerprint()}|{times}"
 
 
 def find_shards(path: str) -> Shards | None:
@@ -197,17 +204,47 @@ def read_class_names(root: Path) -> list[str] | None:
     return None
 
 
-def class_id(label: str, names: Sequence[str], where: str) -> int:
-    """The class id of a label that is a name or, where no class has that name, an id.
+def label_ids(names: Sequence[str]) -> dict[str, int]:
+    """Class ids by the labels that shards may write: the class's name or, where no class has it, the id."""
+    return {str(number): number for number in range(len(names))} | {
+        name: number for number, name in enumerate(names)
+    }
+
+
+def class_id(label: str, ids: dict[str, int], where: str) -> int:
+    """The class id of a label, among those of `label_ids`.
 
     Raises:
-        RunError: neither.
+        RunError: no class has it.
     """
-    if label in names:
-        return names.index(label)
-    if label.isdecimal() and int(label) < len(names):
-        return int(label)
-    raise RunError(f"{where}: found the label {label!r}; expected one of {first_of(names, 8)}, or its id")
+    if label not in ids:
+        raise RunError(f"{where}: found the label {label!r}; expected one of {first_of(list(ids), 12)}")
+    return ids[label]
+
+
+def number_labels(dataset: datasets.Dataset, labels: Sequence[str], where: str) -> datasets.Dataset:
+    """The same images with class ids for labels that are texts: names of classes, or their ids.
+
+    Args:
+        dataset: column label, text.
+        labels: class names in id order.
+        where: what holds the images, for messages.
+
+    Raises:
+        RunError: a label that is neither.
+    """
+    texts, positions = distinct_labels(dataset)
+    ids = label_ids(labels)
+    numbers = np.array([class_id(text, ids, where) for text in texts], np.int64)[positions]
+    return dataset.remove_columns("label").add_column(
+        "label", numbers, feature=datasets.ClassLabel(names=list(labels))
+    )
+
+
+def distinct_labels(dataset: datasets.Dataset) -> tuple[list[str], np.ndarray]:
+    """The different labels of a dataset, and for each row the position of its own among them."""
+    column = dataset.with_format("arrow")[:]["label"].combine_chunks().dictionary_encode()
+    return column.dictionary.to_pylist(), column.indices.to_numpy()
 
 
 # --------------------------------------------------------------------------- Parquet
@@ -278,10 +315,22 @@ def parquet_features(file: Path) -> datasets.Features:
     return datasets.Features.from_arrow_schema(read_schema(file))
 
 
-def count_rows(file: Path) -> int:
-    """Rows of a Parquet file, by its footer."""
-    read_schema(file)
-    return int(pq.read_metadata(file).num_rows)
+def count_labels(shards: Shards, shard: Path, config: DataConfig) -> Counter[str]:
+    """How often each label, as text, comes in a shard; no image is read.
+
+    Raises:
+        RunError: as `read_rows`.
+    """
+    if shards.kind == "webdataset":
+        index = index_webdataset(shard, shards.name_of(shard), config)
+        return Counter(index.with_format("arrow")[:]["label"].to_pylist())
+    column = label_column(shard, config)
+    feature = parquet_features(shard)[column]
+    counts: Counter[str] = Counter()
+    for labels in _read_batches(shard, [column]):
+        texts = (label_text(value, feature) for value in labels.column(column).to_pylist())
+        counts.update(text for text in texts if text is not None)
+    return counts
 
 
 # --------------------------------------------------------------------------- rows in order
@@ -314,18 +363,21 @@ def _read_parquet(shard: Path, name: str, config: DataConfig) -> Iterator[dict[s
     image, label = image_column(shard, config), label_column(shard, config)
     feature = parquet_features(shard)[label]
     number = 0
+    for batch in _read_batches(shard, [image, label]):
+        images, labels = batch.column(image), batch.column(label).to_pylist()
+        if pa.types.is_struct(images.type):
+            images = images.field("bytes")
+        for data, value in zip(images, labels):
+            yield {"id": f"{name}/{number}", "image": data.as_py(), "label": label_text(value, feature)}
+            number += 1
+
+
+def _read_batches(shard: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(shard) as file:
-            for batch in file.iter_batches(READ_ROWS, columns=[image, label], use_threads=False):
-                images, labels = batch.column(image), batch.column(label).to_pylist()
-                if pa.types.is_struct(images.type):
-                    images = images.field("bytes")
-                for data, value in zip(images, labels):
-                    text = label_text(value, feature)
-                    yield {"id": f"{name}/{number}", "image": data.as_py(), "label": text}
-                    number += 1
+            yield from file.iter_batches(READ_ROWS, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise RunError(f"{shard}: broken after row {number:,}: {error}. Fetch or write it again") from error
+        raise RunError(f"{shard}: not a readable Parquet file: {error}. Fetch or write it again") from error
 
 
 def label_text(value: Any, feature: Any) -> str | None:

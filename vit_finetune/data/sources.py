@@ -26,10 +26,11 @@ from vit_finetune.data.folders import (
 )
 from vit_finetune.data.shards import (
     Shards,
-    class_id,
+    distinct_labels,
     find_shards,
     image_column,
     label_column,
+    number_labels,
     read_class_names,
 )
 from vit_finetune.data.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column, find_tables, list_tables
@@ -134,7 +135,7 @@ def _from_folder(root: Path, config: DataConfig, kind: str) -> Source:
 
 
 def _from_listing(kind: str, root: Path, listing: Listing) -> Source:
-    labels = _common_labels(
+    labels = common_labels(
         str(root), {split: {label for _, label in rows} for split, rows in listing.splits.items()}
     )
     ids = {label: number for number, label in enumerate(labels)}
@@ -175,7 +176,7 @@ def build_dataset(
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
-def _common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
+def common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
     """The class names of all splits in natural order.
 
     Raises:
@@ -212,25 +213,11 @@ def _from_webdataset(shards: Shards, config: DataConfig) -> Source:
         )
         for split, files in shards.files.items()
     }
-    written = {split: _distinct(index) for split, index in indices.items()}
     if names is None:
-        labels = _common_labels(config.path, {split: set(texts) for split, (texts, _) in written.items()})
-    else:
-        labels = names
-    splits = {}
-    for split, index in indices.items():
-        texts, positions = written[split]
-        ids = np.array([class_id(text, labels, config.path) for text in texts], np.int64)[positions]
-        splits[split] = index.remove_columns("label").add_column(
-            "label", ids, feature=datasets.ClassLabel(names=labels)
-        )
-    return Source("webdataset", splits, labels, missing_classes(splits, labels))
-
-
-def _distinct(index: datasets.Dataset) -> tuple[list[str], np.ndarray]:
-    """The different labels of an index, and for each row the position of its own among them."""
-    column = index.with_format("arrow")[:]["label"].combine_chunks().dictionary_encode()
-    return column.dictionary.to_pylist(), column.indices.to_numpy()
+        classes = {split: set(distinct_labels(index)[0]) for split, index in indices.items()}
+        names = common_labels(config.path, classes)
+    splits = {split: number_labels(index, names, config.path) for split, index in indices.items()}
+    return Source("webdataset", splits, names, missing_classes(splits, names))
 
 
 def _from_parquet(shards: Shards, config: DataConfig) -> Source:
@@ -280,10 +267,10 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
     notices: list[str] = []
     splits = _name_splits(loaded, config, notices)
     features = splits.get("train", next(iter(splits.values()))).features
-    image = _typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
+    image = typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
     if not isinstance(features[image], datasets.Image):
         raise RunError(f"{config.path}: the column {image} holds {features[image]}; expected images")
-    label = _typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
+    label = typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
     labels_of: dict[str, list[str | None]] = {}
     classes: dict[str, set[str]] = {}
     for split, dataset in list(splits.items()):
@@ -298,7 +285,7 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
             del splits[split], classes[split]
         elif unlabelled:
             notices.append(f"{count_of(unlabelled, 'image')} of {split} left out: they have no label")
-    labels = _common_labels(config.path, classes)
+    labels = common_labels(config.path, classes)
     if isinstance(features[label], datasets.ClassLabel):
         labels = list(features[label].names)
     arranged = {
@@ -363,7 +350,12 @@ def _arrange_rows(
     return arranged if len(labelled) == len(names) else arranged.select(labelled)
 
 
-def _typed_column(config: DataConfig, features: Any, asked: str | None, kind: type, key: str) -> str:
+def typed_column(config: DataConfig, features: Any, asked: str | None, kind: type, key: str) -> str:
+    """The column that was asked for, or the only one of a `datasets` type, or one with a usual name.
+
+    Raises:
+        RunError: none of these.
+    """
     if asked is None:
         typed = [name for name, feature in features.items() if isinstance(feature, kind)]
         if len(typed) == 1:

@@ -97,15 +97,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
         seed: int,
     ) -> None:
         self.files, self.labels, self.seed = ImageFiles(split), column_values(split, "label"), seed
-        self.augment = Augmentation(
-            config,
-            size=output_size(image_processor),
-            fill=[round(255 * mean) for mean in image_processor.image_mean],
-            interpolation=pil_torch_interpolation_mapping.get(
-                image_processor.resample, InterpolationMode.BILINEAR
-            ),
-            resize=partial(resize, image_processor=image_processor),
-        )
+        self.augment = build_augmentation(config, image_processor)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -118,6 +110,19 @@ class TrainingImages(Dataset[dict[str, Any]]):
     def unaugmented(self, index: int) -> torch.Tensor:
         """An image as evaluation sees it: uint8 `(3, height, width)`."""
         return self.augment.resize(self.files[index])
+
+
+def build_augmentation(config: AugmentationConfig, image_processor: BaseImageProcessor) -> Augmentation:
+    """The recipe's augmentation, to the size and with the interpolation of the model's image processor."""
+    return Augmentation(
+        config,
+        size=output_size(image_processor),
+        fill=[round(255 * mean) for mean in image_processor.image_mean],
+        interpolation=pil_torch_interpolation_mapping.get(
+            image_processor.resample, InterpolationMode.BILINEAR
+        ),
+        resize=partial(resize, image_processor=image_processor),
+    )
 
 
 class EpochSampler(Sampler[TrainingIndex]):
