@@ -18,7 +18,7 @@ from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_table, warn
-from vit_finetune.data.batches import StreamBatches, count_batches
+from vit_finetune.data.batches import count_batches
 from vit_finetune.data.sources import column_values
 from vit_finetune.data.splits import PreparedData, save_splits
 from vit_finetune.data.streaming import PreparedStream, prepare_data
@@ -42,6 +42,7 @@ from vit_finetune.training.hardware import (
     choose_hardware,
     estimate_memory,
 )
+from vit_finetune.training.images import add_unreadable, build_training_images, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
@@ -72,12 +73,15 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model, before)
         model.set_attn_implementation(hardware.attn_implementation)
-        train = _training_data(recipe, data, image_processor, hardware, state, before)
+        train = build_training_images(
+            data, image_processor, recipe.augmentation, recipe.training, hardware, before
+        )
         _show_plan(recipe, data, model, hardware, state.num_processes)
         arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
         if state.is_main_process:
-            _open(run, recipe, data, _first_images(recipe, data, image_processor, 6), provenance)
+            shown = first_images(data, image_processor, recipe.augmentation, recipe.training.seed, 6)
+            _open(run, recipe, data, shown, provenance)
         state.wait_for_everyone()
         stop = StopOnInterrupt()
         display = ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes)
@@ -96,6 +100,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             stop.stop_listening()
             display.bar.stop()  # also where training failed, or the bar would be drawn below the error
         provenance |= describe_training(trainer, result.metrics, hardware, before)
+        add_unreadable(provenance, train, before)
         if stop.interrupted:
             if state.is_main_process:
                 write_json(run.provenance, provenance)
@@ -132,7 +137,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model)
-        train = _first_images(recipe, data, image_processor, hardware.batch_size)
+        train = first_images(
+            data, image_processor, recipe.augmentation, recipe.training.seed, hardware.batch_size
+        )
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
         facts = _show_plan(recipe, data, model, hardware, state.num_processes)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
@@ -207,57 +214,6 @@ def _resuming(command: str | None) -> str:
     if command is None:
         return "finetune(recipe, resume=True)"
     return command if "--resume" in command.split() else f"{command} --resume"
-
-
-def _training_data(
-    recipe: Recipe,
-    data: PreparedData,
-    image_processor: BaseImageProcessor,
-    hardware: Hardware,
-    state: PartialState,
-    before: dict[str, Any] | None,
-) -> TrainingImages | StreamBatches:
-    """What the Trainer reads: the training images, or the batches of a stream.
-
-    Raises:
-        RunError: a stream that cannot be divided, does not tell its length, or was begun by another number of
-            processes.
-    """
-    seed = recipe.training.seed
-    if not isinstance(data, PreparedStream):
-        return TrainingImages(data.splits["train"], image_processor, recipe.augmentation, seed)
-    if before:  # the order of a stream depends on who reads it
-        hardware.num_workers = int(_choices(before)["loader processes"])
-        if before["hardware"]["processes"] != state.num_processes:
-            raise RunError(
-                f"the run was started with {before['hardware']['processes']} processes and streams its images, "
-                f"so it can only be resumed by as many; found {state.num_processes}"
-            )
-    max_steps = int(getattr(recipe.training, "max_steps", -1))
-    return StreamBatches(
-        data.train,
-        image_processor,
-        recipe.augmentation,
-        seed,
-        hardware.batch_size,
-        hardware.num_workers,
-        not hardware.use_cpu,
-        state.num_processes,
-        state.process_index,
-        max_steps * _accumulation(recipe) if max_steps > 0 else None,
-    )
-
-
-def _choices(before: dict[str, Any]) -> dict[str, str]:
-    return {choice["name"]: choice["value"] for choice in before["choices"]}
-
-
-def _first_images(
-    recipe: Recipe, data: PreparedData, image_processor: BaseImageProcessor, count: int
-) -> TrainingImages:
-    """Training images to look at: all, or the first of a stream."""
-    images = data.train.head(count) if isinstance(data, PreparedStream) else data.splits["train"]
-    return TrainingImages(images, image_processor, recipe.augmentation, recipe.training.seed)
 
 
 def _accumulation(recipe: Recipe) -> int:

@@ -82,7 +82,8 @@ def find_shards(path: str) -> Shards | None:
     if len(kinds) > 1:
         raise RunError(f"{path}: found both .tar and .parquet files; expected shards of one kind")
     holds_images = is_webdataset if kinds == {".tar"} else _has_image_bytes
-    if not found or not holds_images(found[0]):
+    found = sorted(found, key=lambda shard: natural_key(str(shard)))
+    if not any(map(holds_images, found)):
         if found and not place.exists():
             raise RunError(
                 f"{path}: {found[0].name} holds no labelled images; expected WebDataset tars (key.jpg and "
@@ -90,7 +91,7 @@ def find_shards(path: str) -> Shards | None:
             )
         return None
     kind: Literal["webdataset", "parquet"] = "webdataset" if kinds == {".tar"} else "parquet"
-    return Shards(kind, root, _by_split(path, root, sorted(found, key=lambda shard: natural_key(str(shard)))))
+    return Shards(kind, root, _by_split(path, root, found))
 
 
 def _is_shard_name(name: str) -> bool:

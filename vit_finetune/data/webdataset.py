@@ -110,16 +110,15 @@ def _checked_name(shard: Path, member: tarfile.TarInfo, end: int) -> str:
 def is_webdataset(path: Path) -> bool:
     """Whether a tar's first files are a sample, an image and its label under one key, rather than a folder.
 
-    A tar that cannot be read is none here; whoever reads it says why.
+    Of a broken tar, what comes before the break decides; whoever reads it says what is wrong.
     """
+    kinds: dict[str, set[str]] = {}
     with path.open("rb") as file, suppress(RunError):
-        kinds: dict[str, set[str]] = {}
         for member, _ in zip(walk_members(path, file), range(16)):
             kinds.setdefault(member.key, set()).add(member.extension)
-        return any(
-            extensions & {"cls", "json"} and any(map(_is_image, extensions)) for extensions in kinds.values()
-        )
-    return False
+    return any(
+        extensions & {"cls", "json"} and any(map(_is_image, extensions)) for extensions in kinds.values()
+    )
 
 
 def walk_samples(shard: Path, file: IO[bytes], config: DataConfig) -> Iterator[Sample]:
@@ -175,7 +174,7 @@ def _label_of(where: str, data: bytes, extension: str, config: DataConfig) -> st
     try:
         text = data.decode()
         value = json.loads(text) if extension == "json" else text.strip()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{where}: its .{extension} cannot be read: {error}") from error
     if isinstance(value, dict):
         asked = config.label_column

@@ -127,7 +127,7 @@ class ViTTrainer(Trainer):
         return loader
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Images in an epoch of all processes; of a stream that does not tell, as many as its batches hold."""
+        """Images in an epoch of all processes; of a stream that does not tell, as many as fit."""
         batches = dataloader.dataset
         if isinstance(batches, StreamBatches):
             return batches.num_images or len(batches) * batches.batch_size * self.args.world_size
