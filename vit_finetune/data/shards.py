@@ -25,8 +25,8 @@ from vit_finetune.data.webdataset import index_webdataset, is_webdataset, walk_s
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
-READ_ROWS = 64
-"""Rows of a Parquet file that are in memory at a time."""
+READ_BYTES = 1_000_000
+"""About how much of a Parquet file is in memory at a time, in bytes."""
 _MAGIC = re.compile(r"[{*?\[]")
 _SPLIT_WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(SPLIT_NAMES)})(?:[-_. ]|$)", re.IGNORECASE)
 
@@ -376,7 +376,13 @@ def _read_parquet(shard: Path, name: str, config: DataConfig) -> Iterator[dict[s
 def _read_batches(shard: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(shard) as file:
-            yield from file.iter_batches(READ_ROWS, columns=columns, use_threads=False)
+            # Group by group: asked for all at once, pyarrow holds what it has read until the end of the file.
+            for number in range(file.metadata.num_row_groups):
+                group = file.metadata.row_group(number)
+                rows = READ_BYTES * group.num_rows // max(group.total_byte_size, 1)
+                yield from file.iter_batches(
+                    min(max(rows, 1), 1000), row_groups=[number], columns=columns, use_threads=False
+                )
     except (pa.ArrowException, OSError) as error:
         raise RunError(f"{shard}: not a readable Parquet file: {error}. Fetch or write it again") from error
 

@@ -120,10 +120,15 @@ class ViTTrainer(Trainer):
     # -- data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the training images; those of a stream are divided over the processes already."""
+        """Batches of the training images; those of a stream are divided over the processes already.
+
+        Starting loader processes takes a random number, which a resumed run does at another epoch: not from
+        the generator that dropout uses.
+        """
         if isinstance(self.train_dataset, StreamBatches):
             return StreamLoader(self.train_dataset)
         loader: DataLoader[Any] = super().get_train_dataloader()
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         return loader
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -143,6 +148,16 @@ class ViTTrainer(Trainer):
         if inputs["pixel_values"].dtype == torch.uint8:
             inputs = {**inputs, "pixel_values": normalize(inputs["pixel_values"], self.image_processor)}
         return inputs
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The scores of the validation images by name.
+
+        Its loader draws from torch's generator, which dropout shares, and in a resumed run not at the same
+        times: what it draws is put back.
+        """
+        with torch.random.fork_rng(devices=[]):
+            scores: dict[str, float] = super().evaluate(*args, **kwargs)
+        return scores
 
     # -- loss
 
