@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import datasets
@@ -20,7 +21,7 @@ from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import NO_LABEL, StreamBatches, StreamLoader, rebatch
 from vit_finetune.data.images import decode_image
 from vit_finetune.data.sources import column_values
-from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream
+from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream, shuffled
 from vit_finetune.data.streams import Carving
 from vit_finetune.data.transforms import TrainingIndex, build_augmentation
 from vit_finetune.model.loading import load_model
@@ -253,6 +254,15 @@ def test_the_loader_goes_through_epochs_in_order(data: PreparedStream, processor
     state = torch.get_rng_state()
     assert Counter(images_in(list(loader))) == expected_images(data, processor, 1)
     assert torch.get_rng_state().equal(state)  # dropout's
+
+
+def test_the_buffer_mixes_and_loses_nothing() -> None:
+    rows: Any = list(range(500))
+    found = list(shuffled(iter(rows), 50, Random(0)))
+    assert sorted(found) == rows != found
+    assert all(number - place < 50 for place, number in enumerate(found))  # none comes before it was read
+    assert np.corrcoef(found[:50], rows[:50])[0, 1] < 0.9
+    assert list(shuffled(iter(rows), 1, Random(0))) == rows
 
 
 def test_rebatch_equals_slicing() -> None:

@@ -166,7 +166,7 @@ class _StreamedImages(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = self.stream.read(self.rank, self.processes, self.seed, self.epoch)
+        rows = self.stream.read(self.rank, self.processes, self.seed, self.epoch, number, workers)
         try:
             for chunk in count():
                 some = list(islice(rows, self.batch_size))

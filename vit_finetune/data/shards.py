@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of, first_of, natural_key
 from vit_finetune.data.images import is_image_name
 from vit_finetune.data.tables import LABEL_COLUMNS, METADATA_NAMES, find_column
-from vit_finetune.data.webdataset import index_webdataset, is_webdataset, walk_samples
+from vit_finetune.data.webdataset import index_webdataset, is_webdataset, read_samples
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -351,13 +351,8 @@ def read_rows(shards: Sequence[str], root: str, kind: str, config: DataConfig) -
     """
     for shard in map(Path, shards):
         name = shard.relative_to(root).as_posix()
-        if kind == "parquet":
-            yield from _read_parquet(shard, name, config)
-            continue
-        with shard.open("rb") as file:
-            for sample in walk_samples(shard, file, config):
-                data = os.pread(file.fileno(), sample.size, sample.offset)
-                yield {"id": f"{name}/{sample.key}", "image": data, "label": sample.label}
+        read = _read_parquet if kind == "parquet" else read_samples
+        yield from read(shard, name, config)
 
 
 def _read_parquet(shard: Path, name: str, config: DataConfig) -> Iterator[dict[str, Any]]:

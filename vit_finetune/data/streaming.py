@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from random import Random
 from typing import Any
 
 import datasets
@@ -16,10 +17,14 @@ from vit_finetune.data.checkup import leave_out_unreadable
 from vit_finetune.data.shards import class_id, label_ids, number_labels
 from vit_finetune.data.sources import Source, build_dataset, common_labels, missing_classes
 from vit_finetune.data.splits import PreparedData, prepare_splits
-from vit_finetune.data.streams import Carving, Origin, Row, Stream, open_source
+from vit_finetune.data.streams import READ_ROWS, Carving, Origin, Row, Stream, open_source
 from vit_finetune.data.survey import Survey, take_survey
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
+
+MIXED_ROWS = 10 * READ_ROWS
+"""Rows that `datasets` mixes: those of the ten shards that it reads in turn. The larger buffer is ours, because
+its own holds images twice, and no more than 2 GiB of them (Arrow's offsets)."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,29 @@ class TrainStream:
     shuffle_buffer: int
     skips_unreadable: bool
 
-    def read(self, rank: int, processes: int, seed: int, epoch: int) -> Iterator[Row]:
-        """A process's training images of one epoch, undecoded, in an order that (seed, epoch) decides.
+    def read(
+        self, rank: int, processes: int, seed: int, epoch: int, worker: int = 0, workers: int = 1
+    ) -> Iterator[Row]:
+        """A loader process's training images of an epoch, undecoded, in an order that (seed, epoch) decides.
 
-        Inside a loader's worker, the worker's share of them. A process keeps its shards through all epochs,
-        so that its epochs have one length; their order changes, and images are mixed within the buffer.
+        A process keeps its shards through all epochs, so that its epochs have one length. Their order changes,
+        and with it which loader process reads which; several are read in turn, and their images are mixed
+        within the buffer.
+
+        Args:
+            rank: of the process among those that train.
+            processes: how many train.
+            seed: of the order.
+            epoch: counted from 0.
+            worker: the process's loader process.
+            workers: how many it has, at most one for each of its shards.
         """
+        generator = generator_of(seed, epoch, -1)
         shards = self.stream.shard(rank, processes).shuffle(
-            seed=generator_of(seed, epoch, -1).getrandbits(63), buffer_size=self.shuffle_buffer
+            seed=generator.getrandbits(63), buffer_size=min(self.shuffle_buffer, MIXED_ROWS)
         )
-        return self._training_rows(self.stream.read(shards))
+        shards = shards.shard(num_shards=workers, index=worker, contiguous=False)
+        return shuffled(self._training_rows(self.stream.read(shards)), self.shuffle_buffer, generator)
 
     def _training_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
@@ -68,6 +86,20 @@ class TrainStream:
         return build_dataset(
             [row.name for row in rows], images, [ids[row.label or ""] for row in rows], self.labels
         )
+
+
+def shuffled(rows: Iterator[Row], size: int, generator: Random) -> Iterator[Row]:
+    """The same rows, each taken at random from the `size` that wait."""
+    waiting: list[Row] = []
+    for row in rows:
+        if len(waiting) < size:
+            waiting.append(row)
+            continue
+        place = generator.randrange(size)
+        yield waiting[place]
+        waiting[place] = row
+    generator.shuffle(waiting)
+    yield from waiting
 
 
 @dataclass

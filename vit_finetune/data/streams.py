@@ -29,6 +29,9 @@ from vit_finetune.data.sources import is_hub_id, typed_column
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
+READ_ROWS = 32
+"""Rows that are taken from `datasets` at a time."""
+
 
 class Row(NamedTuple):
     """One image of a stream."""
@@ -59,17 +62,19 @@ class Stream:
         Raises:
             RunError: rows that hold names of files rather than images, or a broken shard.
         """
-        for row in self.rows if shards is None else shards:
-            image = row[self.image]
-            path = image["path"] if isinstance(image, dict) else None
-            encoded = image["bytes"] if isinstance(image, dict) else image
-            if encoded is None:
-                raise RunError(
-                    f"{row.get('id') or path or 'a row'}: holds no image bytes, so it cannot be streamed; "
-                    f"leave out data.streaming"
-                )
-            key = hashlib.blake2b(encoded, digest_size=16).hexdigest()
-            yield Row(row.get("id") or path or key, key, encoded, label_text(row[self.label], self.feature))
+        # One by one, rows of Parquet files would take 0.7 ms each.
+        for some in (self.rows if shards is None else shards).iter(READ_ROWS):
+            images, labels = some[self.image], some[self.label]
+            for name, image, label in zip(some.get("id", [None] * len(images)), images, labels):
+                path = image["path"] if isinstance(image, dict) else None
+                encoded = image["bytes"] if isinstance(image, dict) else image
+                if encoded is None:
+                    raise RunError(
+                        f"{name or path or 'a row'}: holds no image bytes, so it cannot be streamed; leave "
+                        f"out data.streaming"
+                    )
+                key = hashlib.blake2b(encoded, digest_size=16).hexdigest()
+                yield Row(name or path or key, key, encoded, label_text(label, self.feature))
 
     def shard(self, index: int, count: int) -> datasets.IterableDataset:
         """Every `count`-th shard, from `index` on."""
@@ -143,16 +148,12 @@ def open_source(config: DataConfig) -> Origin:
 
 
 def _open_shards(shards: Shards, config: DataConfig) -> Origin:
-    features = datasets.Features(
-        {"id": datasets.Value("string"), "image": datasets.Value("binary"), "label": datasets.Value("string")}
-    )
     streams = {}
     counts = {}
     for split, files in shards.files.items():
         split = "train" if split == ALL else split
         rows = datasets.IterableDataset.from_generator(
             read_rows,
-            features=features,
             gen_kwargs={
                 "shards": [str(file) for file in files],
                 "root": str(shards.root),

@@ -220,12 +220,8 @@ def read_encoded(image: dict[str, Any]) -> bytes:
     place = _MEMBER.fullmatch(image["path"])
     if place is None:
         return Path(image["path"]).read_bytes()
-    offset, size = int(place[1]), int(place[2])
     with Path(place[3]).open("rb") as file:
-        data = os.pread(file.fileno(), size, offset)
-    if len(data) < size:
-        raise RunError(f"{place[3]}: ends before byte {offset + size:,}; it has changed since it was indexed")
-    return data
+        return _read_place(file, image["path"])
 
 
 # --------------------------------------------------------------------------- the index
@@ -284,3 +280,32 @@ def _write_index(path: Path, shard: Path, name: str, config: DataConfig) -> None
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, features.arrow_schema))
                 rows = []
         writer.write_batch(pa.RecordBatch.from_pylist(rows, features.arrow_schema))
+
+
+def read_samples(shard: Path, name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
+    """The samples of a shard, front to back: `id`, `image` (encoded bytes) and `label` (text).
+
+    Args:
+        shard: the tar.
+        name: what its ids begin with.
+        config: which members to use.
+
+    Raises:
+        RunError: as `index_webdataset`, or the shard has become shorter.
+    """
+    index = index_webdataset(shard, name, config).cast_column("image", datasets.Image(decode=False))
+    with shard.open("rb") as file:
+        for some in index.iter(CHUNK):
+            for identity, image, label in zip(some["id"], some["image"], some["label"]):
+                yield {"id": identity, "image": _read_place(file, image["path"]), "label": label}
+
+
+def _read_place(file: IO[bytes], path: str) -> bytes:
+    """The bytes of a place in a shard that is open."""
+    place = _MEMBER.fullmatch(path)
+    assert place is not None
+    offset, size = int(place[1]), int(place[2])
+    data = os.pread(file.fileno(), size, offset)
+    if len(data) < size:
+        raise RunError(f"{place[3]}: ends before byte {offset + size:,}; it has changed since it was indexed")
+    return data
