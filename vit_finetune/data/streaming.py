@@ -23,8 +23,8 @@ from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
 MIXED_ROWS = 10 * READ_ROWS
-"""Rows that `datasets` mixes: those of the ten shards that it reads in turn. The larger buffer is ours, because
-its own holds images twice, and no more than 2 GiB of them (Arrow's offsets)."""
+"""Rows that `datasets` mixes: those of the ten shards that it reads in turn. The larger buffer is ours: its own
+holds images twice, and no more than 2 GiB of them (Arrow's offsets)."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class TrainStream:
     ) -> Iterator[Row]:
         """A loader process's training images of an epoch, undecoded, in an order that (seed, epoch) decides.
 
-        A process keeps its shards through all epochs, so that its epochs have one length. Their order changes,
-        and with it which loader process reads which; several are read in turn, and their images are mixed
-        within the buffer.
+        A process keeps its shards through all epochs, so that its epochs have one length. Their order
+        changes, and with it which loader process reads which; several are read in turn, and their images are
+        mixed within the buffer.
 
         Args:
             rank: of the process among those that train.
