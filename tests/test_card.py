@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_run import draw_report, write_finished_run
+from finished_run import draw_report, truncated, write_finished_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from vit_finetune.publishing.card import build_card, write_card
 from vit_finetune.publishing.redaction import escape_markdown, values_without_paths, without_paths
-from vit_finetune.run import Report, Run, write_text
+from vit_finetune.run import Finding, Report, Run, write_text
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -152,10 +152,9 @@ def test_limits_say_what_the_numbers_support(tmp_path: Path) -> None:
 
 
 def test_hostile_names_render_as_text(tmp_path: Path) -> None:
-    unreadable = [{"id": f"{name}.jpg", "problem": "<b>bad</b>"} for name in HOSTILE]
-    run = write_finished_run(
-        tmp_path, HOSTILE, unreadable=unreadable, command="train '\n```\n<script>x</script>'"
-    )
+    found = truncated(*((f"{name}.jpg", "<b>bad</b>") for name in HOSTILE))
+    found = found.model_copy(update={"message": HOSTILE[0], "advice": HOSTILE[1]})
+    run = write_finished_run(tmp_path, HOSTILE, findings=[found], command="train '\n```\n<script>x</script>'")
     html, plain = _html(build_card(run)), _html(build_card(write_finished_run(tmp_path / "plain")))
     tags = {tag.lower() for tag in re.findall(r"<(\w+)", html)}
     assert tags == {tag.lower() for tag in re.findall(r"<(\w+)", plain)}
@@ -227,9 +226,7 @@ def test_nothing_private_reaches_the_card(tmp_path: Path) -> None:
         tmp_path / "annlee",
         data_path="/home/annlee/secret stuff/pets",
         command="/home/annlee/bin/vit-finetune train ~annlee/r.yaml data.path='/home/annlee/secret x/pets'",
-        unreadable=[
-            {"id": "/home/annlee/x.jpg", "problem": "cannot identify image file '/home/annlee/x.jpg'"}
-        ],
+        findings=[truncated(("/home/annlee/x.jpg", "cannot identify image file '/home/annlee/x.jpg'"))],
     )
     card = build_card(run)
     assert "annlee" not in card and "secret" not in card and str(tmp_path) not in card
@@ -253,12 +250,31 @@ def test_hub_ids_are_linked_and_folders_are_not(tmp_path: Path, monkeypatch: pyt
     assert (data.get("base_model"), data.get("datasets")) == (None, None)
 
 
-def test_images_left_out_are_counted_and_the_first_named(tmp_path: Path) -> None:
-    unreadable = [{"id": f"cat/{number:03d}.jpg", "problem": "truncated"} for number in range(25)]
-    card = build_card(write_finished_run(tmp_path, unreadable=unreadable))
-    assert "25 images could not be read" in card and "the first 20:" in card
-    assert "- cat/019.jpg: truncated\n" in card and "cat/020.jpg" not in card
-    assert "No image was left out" in build_card(write_finished_run(tmp_path / "all"))
+def test_warnings_about_the_data_stand_in_the_card_and_notes_do_not(tmp_path: Path) -> None:
+    cut = truncated(*((f"cat/{number:03d}.jpg", "truncated PNG") for number in range(25)))
+    note = Finding(kind="huge", severity="note", message="2 images of more than 40 megapixels", count=2)
+    card = build_card(
+        write_finished_run(
+            tmp_path,
+            findings=[
+                cut,
+                note,
+                Finding(kind="listing", severity="note", message="1 file left out", count=1),
+            ],
+        )
+    )
+    assert "- truncated: 25 of 1,200 images cannot be read, and left out. Repair or remove them.\n" in card
+    assert "  - cat/004.jpg: truncated PNG\n" in card and "cat/005.jpg" not in card
+    assert "- listing: 1 file left out.\n" in card and "megapixels" not in card
+    html = _html(card)
+    assert html.count("<li>cat/") == 5 and "<pre><code>  - cat" not in html
+
+
+def test_data_without_faults_and_data_that_nobody_checked(tmp_path: Path) -> None:
+    run = write_finished_run(tmp_path)
+    assert "The checkup of the data found nothing to warn of." in build_card(run)
+    run.findings.unlink()
+    assert "The data was not checked." in build_card(run)
 
 
 @pytest.mark.parametrize("number", [2, 120])

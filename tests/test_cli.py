@@ -18,10 +18,12 @@ from typer.testing import CliRunner, Result
 
 import vit_finetune
 from vit_finetune.cli import app
+from vit_finetune.run import Findings
 
 RUN_FILES = {
     "recipe.yaml",
     "provenance.json",
+    "findings.json",
     "history.json",
     "report.html",
     "splits/train.csv",
@@ -178,7 +180,7 @@ def test_an_unforeseen_error_is_one_line_with_its_kind(monkeypatch: pytest.Monke
     assert done.stderr == "error: ZeroDivisionError: by zero (--debug shows where)\n"
 
 
-def test_check_looks_at_everything_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_check_looks_at_everything_and_writes_nothing_but_the_checkup(folder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "tiny.yaml", folder, tmp_path / "run")
     before = files_below(folder)
     done = say("check", recipe, "--json")
@@ -194,7 +196,34 @@ def test_check_looks_at_everything_and_writes_nothing(folder: Path, tmp_path: Pa
     assert "1 process × 4 images × 1 accumulation = 4 images per step" in done.stderr
     assert not (tmp_path / "run").exists()
     assert files_below(folder) == before
-    assert say("check", recipe).stdout == ""
+    assert files_below(tmp_path / "run-checkup").keys() == {"findings.json", "checkup.html"}
+    assert facts["findings"] == [] and "stops" not in facts
+    assert say("check", recipe, "--output", tmp_path / "there").stdout == ""
+    assert Findings.load(tmp_path / "there" / "findings.json").num_images == {"all": 36}
+
+
+def test_check_of_data_that_training_would_refuse_tells_everything_and_fails(
+    folder: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", folder, tmp_path / "run")
+    (folder / "red" / "empty.png").touch()
+    (folder / "red" / "copy.png").write_bytes((folder / "red" / "1.png").read_bytes())
+    done = say("check", recipe, "--json")
+    assert done.exit_code == 1
+    facts = json.loads(done.stdout)
+    assert [(f["severity"], f["kind"]) for f in facts["findings"]] == [
+        ("error", "unreadable"),
+        ("warning", "duplicate"),
+    ]
+    assert f"error: {facts['stops']}\n" in done.stderr and "red/empty.png: 0 bytes" in facts["stops"]
+    assert "duplicate" in done.stderr
+    written = Findings.load(tmp_path / "run-checkup" / "findings.json")
+    assert [finding.kind for finding in written.findings] == ["unreadable", "duplicate"]
+    # What the checkup excludes makes the data fit to train on.
+    for _ in range(2):
+        again = say("check", recipe, f"data.exclude={tmp_path / 'run-checkup' / 'findings.json'}", "--json")
+        assert again.exit_code == 0, again.stderr
+        assert [f["kind"] for f in json.loads(again.stdout)["findings"]] == ["excluded"]
 
 
 # --------------------------------------------------------------------------- one whole run

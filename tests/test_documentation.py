@@ -66,7 +66,13 @@ def readers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_readmes_commands_run(readers_place: Path) -> None:
     shell = "".join(blocks("bash"))
     commands = [line.split(" #")[0].strip() for line in shell.splitlines() if line.startswith("vit-finetune")]
-    assert [shlex.split(command)[1] for command in commands] == ["check", "train", "predict"]
+    assert [shlex.split(command)[1] for command in commands] == [
+        "check",
+        "train",
+        "predict",
+        "check",
+        "train",
+    ]
     for command in commands:
         result = subprocess.run(
             [sys.executable, "-m", "vit_finetune", *shlex.split(command)[1:]], capture_output=True, text=True
@@ -87,6 +93,15 @@ def test_the_readmes_commands_run(readers_place: Path) -> None:
     assert resolved["model"]["path"] == "google/vit-base-patch16-224-in21k"
 
 
+def test_the_commands_about_data_are_valid() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("$k", "1")
+    commands = re.findall(r"^ *vit-finetune train (.*)$", page, re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        name, *overrides = shlex.split(command, comments=True)
+        load_recipe(name, overrides)
+
+
 def test_every_verb_of_the_readme_exists() -> None:
     listed = re.findall(r"^\| `vit-finetune (\w+)", README, re.MULTILINE)
     from vit_finetune.cli import app
@@ -100,7 +115,8 @@ def test_recipes_and_templates_travel_in_the_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"vit_finetune/recipes/{name}.yaml" for name in bundled_recipes()} <= names
-    assert {"vit_finetune/templates/report.html.jinja", "vit_finetune/templates/model_card.md.jinja"} <= names
+    templates = ("report.html.jinja", "model_card.md.jinja", "checkup.html.jinja")
+    assert {f"vit_finetune/templates/{name}" for name in templates} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/", "scripts/"))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from vit_finetune.evaluation.scoring import evaluate
 from vit_finetune.finetuning import check, finetune
-from vit_finetune.run import Report, Run, RunError
+from vit_finetune.run import Findings, Report, Run, RunError
 
 
 @pytest.mark.slow
@@ -117,9 +118,28 @@ def test_evaluate_refuses_a_test_split_that_would_be_another(folder: Path, tmp_p
     assert evaluate(run.path) == Report.load(run.report("test")).model_copy(
         update={"worst_mistakes": evaluate(run.path).worst_mistakes}
     )
-    draw_image((210, 40, 50), 99).save(folder / "red" / "new.png")
+    with (run.splits / "test.csv").open(newline="", encoding="utf-8") as file:
+        one_of_test = next(csv.DictReader(file))["id"]
+    draw_image((210, 40, 50), 99).save(folder / one_of_test)
     with pytest.raises(RunError, match="images have changed since it was trained"):
         evaluate(run.path)
+
+
+@pytest.mark.slow
+def test_a_run_of_groups_is_repeated_by_its_splits(folder: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 2}
+    data = {"group": r"[05]\.png", "per_class": 6, "test_fraction": 0.2}
+    run = finetune(tiny_recipe(folder, tmp_path / "run", training=options, data=data))
+    with (run.splits / "train.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["group"] for row in csv.DictReader(file)} <= {"0.png", "5.png", ""}
+    again = finetune(
+        tiny_recipe(folder, tmp_path / "again", training=options, data={"splits": str(run.path)})
+    )
+    one, other = (path.read_provenance()["data"]["splits"] for path in (run, again))
+    assert one == other and one["train"]["num_images"] <= 18
+    assert evaluate(again.path).accuracy == Report.load(run.report("test")).accuracy
+    renamed = draw_folder(tmp_path / "other", per_class=2, suffix=".jpg")
+    assert evaluate(run.path, data=str(renamed)).num_images == 6  # no group in any id
 
 
 @pytest.mark.slow
@@ -140,16 +160,51 @@ def test_a_cnn_stands_beside_the_vit(folder: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_check_trains_and_writes_nothing(
+def test_check_trains_nothing_and_writes_the_checkup_only(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = check(tiny_recipe(folder, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "run-checkup"}
     assert facts["labels"] == ["blue", "green", "red"]
     assert facts["splits"] == {"train": 18, "validation": 9, "test": 9}
     assert facts["batch_shape"] == [4, 3, 16, 16] and facts["tokens"] == 17
     assert facts["steps"] == 10 and facts["images_per_step"] == 4
     assert "1 process × 4 images × 1 accumulation = 4 images per step" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_the_checkup_found_stays_with_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "red" / "copy.png").write_bytes((folder / "red" / "1.png").read_bytes())
+    short = {"num_train_epochs": 1, "max_steps": 2}
+    run = finetune(tiny_recipe(folder, tmp_path / "run", training=short))
+    warning = "2 images are byte for byte the same as another one of their class and split"
+    assert f"warning: {warning}" in capsys.readouterr().err
+    (found,) = Findings.load(run.findings).findings
+    assert (found.kind, found.message, [image.id for image in found.images]) == (
+        "duplicate",
+        warning,
+        ["red/1.png", "red/copy.png"],
+    )
+    assert warning in run.report_html.read_text() and warning in (run.model / "README.md").read_text()
+
+    check(tiny_recipe(folder, tmp_path / "run"))
+    exclude = {
+        "exclude": str(tmp_path / "run-checkup" / "findings.json"),
+        "path": str(folder),
+        "validation_fraction": 0.25,
+        "test_fraction": 0.25,
+    }
+    without = finetune(tiny_recipe(folder, tmp_path / "without", data=exclude, training=short))
+    assert "1 image left out by data.exclude" in capsys.readouterr().err
+    counts = without.read_provenance()["data"]["splits"]
+    assert sum(split["num_images"] for split in counts.values()) == 36
+    assert "1 image left out by data.exclude" in (without.model / "README.md").read_text()
+    test = json.loads(without.report("test").read_text())
+    assert evaluate(without.path).num_images == test["num_images"] == counts["test"]["num_images"]
+    # What the run's recipe excludes is no matter of other images.
+    assert evaluate(without.path, str(draw_folder(tmp_path / "other", per_class=2))).num_images == 6
 
 
 def test_steps_are_those_that_training_takes(tmp_path: Path) -> None:

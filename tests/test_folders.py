@@ -6,19 +6,37 @@ from pathlib import Path
 import pytest
 from conftest import draw_folder
 
-from vit_finetune.data.folders import ALL, Listing, list_folder, natural_key, walk_files
+from vit_finetune.data.folders import (
+    ALL,
+    Folder,
+    Listing,
+    list_folder,
+    natural_key,
+    walk_files,
+)
 from vit_finetune.run import RunError
 
 ROOT = Path("photos")
 
 
 def listing(*files: str, class_folder: str | None = None) -> Listing:
-    return list_folder(ROOT, sorted(files), class_folder)  # type: ignore[arg-type]
+    folders: dict[str, list[str]] = {}
+    for file in sorted(files):
+        path, _, name = file.rpartition("/")
+        folders.setdefault(path, []).append(name)
+    return list_folder(ROOT, [Folder(*item) for item in sorted(folders.items())], class_folder)  # type: ignore[arg-type]
+
+
+def rows(found: Listing, split: str = ALL) -> list[tuple[str, str]]:
+    """Id and class of each image of a split."""
+    table = found.splits[split]
+    return list(zip(table["id"].to_pylist(), table["label"].to_pylist()))
 
 
 def classes(*files: str, class_folder: str | None = None) -> dict[str, dict[str, str]]:
     """Class by image, by split."""
-    return {split: dict(rows) for split, rows in listing(*files, class_folder=class_folder).splits.items()}
+    found = listing(*files, class_folder=class_folder)
+    return {split: dict(rows(found, split)) for split in found.splits}
 
 
 TWO_CLASSES = {"cat/1.jpg": "cat", "dog/2.jpg": "dog"}
@@ -31,13 +49,21 @@ def test_class_folders() -> None:
 
 def test_upper_case_endings_and_stray_files() -> None:
     found = listing("cat/1.JPG", "cat/2.JpEg", "dog/3.PNG", "readme.txt", "cat/notes.md", "dog/Thumbs.db")
-    assert found.splits == {ALL: [("cat/1.JPG", "cat"), ("cat/2.JpEg", "cat"), ("dog/3.PNG", "dog")]}
+    assert list(found.splits) == [ALL]
+    assert rows(found) == [("cat/1.JPG", "cat"), ("cat/2.JpEg", "cat"), ("dog/3.PNG", "dog")]
     assert found.notices == ["2 files that are no images left out: cat/notes.md, readme.txt"]
+
+
+def test_long_listings_are_built_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [f"{name}/{number}.jpg" for name in ("cat", "dog", "emu") for number in range(3)]
+    expected = rows(listing(*files))
+    monkeypatch.setattr("vit_finetune.data.folders.CHUNK", 4)
+    assert rows(listing(*files)) == expected == [(file, file[:3]) for file in files]
 
 
 def test_images_beside_class_folders_are_left_out_and_said() -> None:
     found = listing(*TWO_CLASSES, "cover.jpg")
-    assert {name for name, _ in found.splits[ALL]} == set(TWO_CLASSES)
+    assert {name for name, _ in rows(found)} == set(TWO_CLASSES)
     assert found.notices == ["1 image outside the class folders left out: cover.jpg"]
 
 
@@ -81,7 +107,7 @@ def test_wrappers_above_everything(wrapper: str) -> None:
 
 def test_wrapper_with_images_beside_the_class_folders() -> None:
     found = listing("photos/cover.jpg", *(f"photos/{name}" for name in TWO_CLASSES))
-    assert dict(found.splits[ALL]) == {f"photos/{name}": label for name, label in TWO_CLASSES.items()}
+    assert dict(rows(found)) == {f"photos/{name}": label for name, label in TWO_CLASSES.items()}
     assert "photos/cover.jpg" in found.notices[0]
 
 
@@ -102,13 +128,13 @@ def test_the_only_class_of_a_split_is_no_wrapper_inside_it() -> None:
 
 def test_folders_below_some_classes() -> None:
     found = listing("cat/1.jpg", "cat/2021/2.jpg", "dog/3.jpg")
-    assert dict(found.splits[ALL]) == {"cat/1.jpg": "cat", "cat/2021/2.jpg": "cat", "dog/3.jpg": "dog"}
+    assert dict(rows(found)) == {"cat/1.jpg": "cat", "cat/2021/2.jpg": "cat", "dog/3.jpg": "dog"}
     assert "the outermost name the classes (cat/, dog/)" in found.notices[0]
 
 
 def test_folders_above_the_classes() -> None:
     found = listing("animals/cat/1.jpg", "animals/dog/2.jpg", "plants/rose/3.jpg")
-    assert {label for _, label in found.splits[ALL]} == {"cat", "dog", "rose"}
+    assert {label for _, label in rows(found)} == {"cat", "dog", "rose"}
     assert "data.class_folder=first takes animals/, plants/" in found.notices[0]
 
 
@@ -175,6 +201,21 @@ def test_walk_follows_links_once_and_out_of_cycles(tmp_path: Path) -> None:
     (root / "dog").symlink_to(elsewhere)
     (root / "cat" / "again").symlink_to(root)
     assert walk_files(root) == ["cat/1.jpg", "dog/1.jpg"]
+
+
+def test_walk_lists_links_that_lead_nowhere_as_files(tmp_path: Path) -> None:
+    root = touch(tmp_path / "photos", "cat/1.jpg")
+    (root / "cat" / "2.jpg").symlink_to("2.jpg")
+    (root / "cat" / "3.jpg").symlink_to("nowhere.jpg")
+    assert walk_files(root) == ["cat/1.jpg", "cat/2.jpg", "cat/3.jpg"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    root = touch(tmp_path / "photos", "cat/1.jpg", "dog/1.jpg")
+    (root / "dog").chmod(0)
+    with pytest.raises(RunError, match=r"photos/dog: the folder cannot be opened: Permission denied"):
+        walk_files(root)
 
 
 def test_walk_does_not_depend_on_the_order_of_the_file_system(

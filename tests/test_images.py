@@ -12,8 +12,8 @@ from conftest import draw_image
 from PIL import Image
 from transformers.image_utils import load_image
 
-from vit_finetune.data import images
-from vit_finetune.data.images import UnreadableImage, decode_image, is_image_name
+from vit_finetune.data.folders import is_image_name
+from vit_finetune.data.images import EncodedImage, UnreadableImage, decode_image
 
 PHOTO = draw_image((200, 120, 40), seed=0, size=(37, 26)).resize((74, 52), Image.Resampling.BICUBIC)
 
@@ -71,13 +71,32 @@ def test_pixels_are_those_that_a_pipeline_sees(kind: str) -> None:
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected(ENCODED[kind]))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ENCODED if kind.startswith(("jpeg", "mpo"))])
-def test_pixels_of_a_jpeg_stay_when_torchvision_has_no_decoder(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pixels = decode_image(ENCODED[kind])
-    monkeypatch.setattr(images, "decode_jpeg", None)
-    assert torch.equal(decode_image(ENCODED[kind]), pixels)
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ENCODED)
+def test_a_shrunk_picture_is_the_picture_smaller_or_the_picture(kind: str, shrink: int) -> None:
+    """Only JPEG decoders shrink; what they give is close to the mean over each block of pixels."""
+    image = EncodedImage(ENCODED[kind])
+    whole, small = image.decode().float(), image.decode(shrink)
+    assert image.size == tuple(whole.shape[1:]) == (52, 74)
+    if tuple(small.shape[1:]) == (52, 74):
+        assert shrink == 1 or not kind.startswith(("jpeg", "mpo")) or kind == "jpeg cmyk"
+        assert torch.equal(small.float(), whole)
+    else:
+        assert tuple(small.shape[1:]) == (-(-52 // shrink), -(-74 // shrink))
+        means = torch.nn.functional.avg_pool2d(whole, shrink)  # (3, H // shrink, W // shrink)
+        inside = small[:, : means.shape[1], : means.shape[2]].float()
+        assert (inside - means).abs().mean() < 4  # of 255
+
+
+@pytest.mark.parametrize("shrink", [1, 2])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_shrunk_jpeg_is_turned_as_the_whole_one(orientation: int, shrink: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = EncodedImage(encode(PHOTO, "JPEG", exif=exif, subsampling=0, quality=95))
+    whole, small = image.decode().float(), image.decode(shrink).float()
+    assert image.size == tuple(whole.shape[1:])
+    assert (small - torch.nn.functional.avg_pool2d(whole, shrink)).abs().mean() < 4
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])

@@ -68,6 +68,15 @@ def test_recipes_and_runs_need_no_torch() -> None:
     assert modules.isdisjoint(HEAVY)
 
 
+def test_splits_need_no_torch() -> None:
+    modules, done = loaded_by(
+        "from vit_finetune import load_splits\nfrom vit_finetune.recipe import DataConfig\n"
+        "load_splits(DataConfig(path='digits'))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert modules.isdisjoint({"torch", "torchvision", "transformers"})
+
+
 @pytest.mark.parametrize("module", ["publishing.card", "publishing.report"])
 def test_papers_need_no_torch(module: str) -> None:
     modules, done = loaded_by(f"import vit_finetune.{module}")

@@ -150,6 +150,12 @@ def test_keys_that_are_no_words_are_refused_in_files() -> None:
             "augmentation.crop_scale: is a share of the image's area: at most 1",
         ),
         ("data.validation_fraction=0.8", "data: validation_fraction + test_fraction must stay below 0.9"),
+        ("data.fold=3", "data.fold: found 3, expected text"),
+        ("data.fold=6/5", "data.fold: is a part and the number of parts, at least two: 1/5 to 5/5 for five"),
+        ("data.fold=0/5", "data.fold: is a part and the number of parts"),
+        ("data.fold=1/1", "data.fold: is a part and the number of parts"),
+        ("data.fold=-1/5", "data.fold: is a part and the number of parts"),
+        ("data.per_class=0", "data.per_class: found 0"),
         ("model.config={}", "model: write one of `path` (a checkpoint to fine-tune) and `config`"),
         ("training=[1]", "training is a section: expected keys below it, found [1]"),
         ("data=3", "data is a section: expected keys below it, found 3"),
@@ -161,6 +167,14 @@ def test_wrong_values_are_explained(override: str, expected: str) -> None:
     assert said.startswith("mine.yaml: ")
     assert expected in said
     assert "\n" not in said
+
+
+def test_splits_that_are_repeated_leave_nothing_to_choose() -> None:
+    said = refusal(SMALLEST, "data.splits=runs/one", "data.fold=1/5", "data.per_class=4")
+    assert (
+        "data: splits names the split of every image already: leave out fold and per_class, or splits" in said
+    )
+    assert "leave out group, or" in refusal(SMALLEST, "data.splits=runs/one", "data.group=x")
 
 
 def test_every_problem_has_its_line() -> None:

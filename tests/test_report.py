@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from finished_run import write_finished_run
+from finished_run import truncated, write_finished_run
 
 from vit_finetune.publishing.report import build_report, write_report
 from vit_finetune.run import Report, Run, write_text
@@ -103,7 +103,7 @@ def test_numbers_are_the_reports(tmp_path: Path) -> None:
 
 
 def test_shows_every_chart_with_its_axes_and_every_picture(tmp_path: Path) -> None:
-    run = write_finished_run(tmp_path, unreadable=[{"id": "cat/x.jpg", "problem": "truncated"}])
+    run = write_finished_run(tmp_path, findings=[truncated(("cat/x.jpg", "truncated PNG"))])
     page = Page(build_report(run))
     assert page.tags.count("svg") == 6
     for axis in (
@@ -118,7 +118,7 @@ def test_shows_every_chart_with_its_axes_and_every_picture(tmp_path: Path) -> No
     ):
         assert axis in page.words
     assert page.tags.count("img") == len(Report.load(run.report("test")).worst_mistakes) + 1
-    assert "1 image could not be read" in page.text and "cat/x.jpg : truncated" in page.text
+    assert "1 of 1,200 images cannot be read" in page.text and "cat/x.jpg : truncated PNG" in page.text
     assert "per_device_train_batch_size" in page.text  # the resolved recipe
 
 
@@ -126,7 +126,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     run = write_finished_run(
         tmp_path,
         class_names=HOSTILE,
-        unreadable=[{"id": f"{name}.jpg", "problem": "<b>bad</b>"} for name in HOSTILE],
+        findings=[truncated(*((f"{name}.jpg", "<b>bad</b>") for name in HOSTILE))],
         mistake_ids=HOSTILE[:3],
         command="vit-finetune train '<script>x</script>'",
     )

@@ -11,6 +11,8 @@ import torch
 from conftest import TINY_VIT, draw_folder, draw_image
 from sklearn import metrics as sk
 
+from vit_finetune.data.carving import load_splits
+from vit_finetune.data.transforms import EvaluationImages
 from vit_finetune.evaluation.metrics import (
     Accuracy,
     BalancedAccuracy,
@@ -21,9 +23,9 @@ from vit_finetune.evaluation.metrics import (
     wilson_interval,
 )
 from vit_finetune.evaluation.prediction import predict
-from vit_finetune.evaluation.scoring import build_report, evaluate
+from vit_finetune.evaluation.scoring import build_report, evaluate, predict_probabilities
 from vit_finetune.model.loading import load_model
-from vit_finetune.recipe import ModelConfig
+from vit_finetune.recipe import DataConfig, ModelConfig
 from vit_finetune.run import RunError
 
 
@@ -165,3 +167,12 @@ def test_predict_takes_files_and_folders_and_names_what_it_cannot_read(tmp_path:
         predict(model, [tmp_path / "in"])
     with pytest.raises(RunError, match="no such file"):
         predict(model, [tmp_path / "gone.jpg"])
+
+
+@pytest.mark.slow
+def test_loader_processes_change_nothing(folder: Path) -> None:
+    config = DataConfig(path=str(folder), test_fraction=0, validation_fraction=0.4)
+    model, processor = load_model(ModelConfig(config=TINY_VIT), ["blue", "green", "red"])
+    images = EvaluationImages(load_splits(config)["validation"], processor)
+    rows = [predict_probabilities(model, processor, images, 4, "scoring", workers) for workers in (0, 2)]
+    np.testing.assert_array_equal(*rows)

@@ -71,7 +71,7 @@ def test_classes_that_differ_between_splits_are_named(tmp_path: Path) -> None:
 
 def test_a_split_without_a_class_is_said(tmp_path: Path) -> None:
     source = load(touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg"))
-    assert source.notices == ["test has no image of dog"]
+    assert source.notices == []
     assert source.labels == ["cat", "dog"]
 
 
@@ -253,6 +253,79 @@ def test_a_table_inside_a_class_folder_is_a_stray_file(tmp_path: Path) -> None:
     assert load(tmp_path).labels == ["cat", "dog"]
 
 
+# --------------------------------------------------------------------------- groups
+
+
+def groups(source: Source, split: str = "all") -> dict[str, str | None]:
+    """Group by id."""
+    return dict(zip(column_values(source.splits[split], "id"), column_values(source.splits[split], "group")))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"p(\d+)_", ["1", "1", "2"]),  # the parenthesis
+        (r"p\d+_", ["p1_", "p1_", "p2_"]),  # the match
+        (r"(?:left|(right))", [None, "right", None]),  # a parenthesis that took no part
+        (r"^[^/]+", ["cat", "cat", "dog"]),
+    ],
+)
+def test_a_pattern_in_the_id_names_the_group(
+    tmp_path: Path, pattern: str, expected: list[str | None]
+) -> None:
+    names = ["cat/p1_left.jpg", "cat/p1_right.jpg", "dog/p2_left.jpg"]
+    assert groups(load(touch(tmp_path, *names), group=pattern)) == dict(zip(names, expected))
+
+
+def test_images_in_no_group_are_said(tmp_path: Path) -> None:
+    root = touch(tmp_path, "train/cat/p1.jpg", "train/dog/x.jpg", "test/dog/y.jpg")
+    source = load(root, group=r"p\d")
+    assert groups(source, "train") == {"train/cat/p1.jpg": "p1", "train/dog/x.jpg": None}
+    assert groups(source, "test") == {"test/dog/y.jpg": None}
+    assert source.notices[-1] == "2 images in no group of data.group=p\\d: test/dog/y.jpg, train/dog/x.jpg"
+
+
+@pytest.mark.parametrize("pattern", ["patient", "x*", "()"])
+def test_a_pattern_that_matches_nothing(tmp_path: Path, pattern: str) -> None:
+    root = touch(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    message = (
+        r"is no column of the data and matches no image's id; the 2 images are called cat/1.jpg, dog/2.jpg"
+    )
+    with pytest.raises(RunError, match=message):
+        load(root, group=pattern)
+
+
+def test_neither_a_column_nor_a_pattern(tmp_path: Path) -> None:
+    root = touch(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    with pytest.raises(
+        RunError, match=r"data.group=p\(\\d is neither a column of the data nor a regular expression"
+    ):
+        load(root, group=r"p(\d")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_a_column_of_a_table_names_the_group(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png", "images/3.png")
+    patients = [7, 7, None] if name.endswith("jsonl") else ["7", "7", ""]
+    rows = [*ROWS, {"file_name": "images/3.png", "label": "9"}]
+    write_table(tmp_path / name, [{**row, "patient": patient} for row, patient in zip(rows, patients)])
+    source = load(tmp_path, group="patient")
+    assert groups(source) == {"images/1.png": "7", "images/2.png": "7", "images/3.png": None}
+    assert source.notices == ["1 image in no group of data.group=patient: images/3.png"]
+    assert groups(load(tmp_path, group=r"\d"))["images/2.png"] == "2"
+
+
+def test_columns_that_name_no_groups(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png")
+    write_table(tmp_path / "metadata.jsonl", [{**row, "patient": None, "tags": ["a"]} for row in ROWS])
+    with pytest.raises(
+        RunError, match=r"data\.group=patient has no value in any row; the 2 images are called images/1"
+    ):
+        load(tmp_path, group="patient")
+    with pytest.raises(RunError, match=r"metadata\.jsonl: tags: holds list; expected one group per image"):
+        load(tmp_path, group="tags")
+
+
 # --------------------------------------------------------------------------- the Hub's shape
 
 
@@ -294,7 +367,7 @@ def test_labels_without_class_names_sort_naturally_over_all_splits(feature: Any,
     assert source.labels == ["1", "2", "10"]
     assert all(split.features["label"].names == source.labels for split in source.splits.values())
     assert label_names(source, "test") == {"0": "10"}
-    assert source.notices == ["test has no image of 1, 2"]
+    assert source.notices == []
 
 
 def test_a_single_split_of_any_name_holds_everything() -> None:
@@ -348,6 +421,23 @@ def test_hub_datasets_that_cannot_be_used(
 ) -> None:
     with pytest.raises(RunError, match=f"owner/name.*{message}"):
         arrange(config, **splits)
+
+
+def test_a_hub_column_names_the_group() -> None:
+    train = hub_split(["a", None, "b"], STRING).add_column("kind", [1, 0, 1], feature=CAT_DOG)
+    source = arrange({"group": "kind", "label_column": "label"}, train=train, test=hub_split(["a"], STRING))
+    assert groups(source, "train") == {"0": "cat", "2": "cat"}
+    assert set(source.splits["test"].column_names) == {"id", "image", "label"}
+
+
+def test_a_split_without_the_column_has_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = hub_split(["a", "b"], STRING).add_column("1", [1, 0], feature=CAT_DOG)
+    loaded = datasets.DatasetDict({"train": train, "test": hub_split(["a", "b"], STRING)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: loaded)
+    source = load_source(DataConfig(path="owner/name", group="1", label_column="label"))
+    assert groups(source, "train") == {"0": "cat", "1": "dog"}
+    assert groups(source, "test") == {"0": None, "1": None}  # not what the pattern 1 would find in the ids
+    assert source.notices == ["2 images in no group of data.group=1: 0, 1"]
 
 
 def test_with_labels_renumbers() -> None:

@@ -1,8 +1,9 @@
-"""Carving validation and test out of train, fingerprints, and the table of who went where."""
+"""Folders on disk, split: by the recipe's shares, without leaks; and fingerprints of what came of it."""
 
-import csv
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,11 @@ import datasets
 import pytest
 from conftest import draw_folder
 
+from vit_finetune.data.carving import load_splits
 from vit_finetune.data.sources import column_values
-from vit_finetune.data.splits import fingerprint, load_splits, prepare_splits, save_splits
+from vit_finetune.data.splits import fingerprint, prepare_splits
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import Run, RunError
+from vit_finetune.run import RunError
 
 
 def touch_classes(root: Path, **counts: int) -> Path:
@@ -115,8 +117,10 @@ def fingerprints(path: Path) -> dict[str, str]:
 
 def test_fingerprint_sees_content_and_labels_but_not_order_and_place(tmp_path: Path) -> None:
     root = tmp_path / "photos"
-    for split in ("train", "val", "test"):
+    for number, split in enumerate(("train", "val", "test")):
         draw_folder(root / split, classes=2, per_class=2)
+        for file in (root / split).rglob("*.png"):  # the same images in two splits would be left out of one
+            file.write_bytes(file.read_bytes() + bytes(number))
     original = fingerprints(root)
     assert all(value.startswith("sha256:") for value in original.values())
 
@@ -142,24 +146,68 @@ def test_fingerprint_sees_content_and_labels_but_not_order_and_place(tmp_path: P
     assert all(value != original[name] for name, value in fingerprints(renamed).items())
 
 
-def test_saved_splits_tell_where_each_image_went(tmp_path: Path) -> None:
-    root = touch_classes(tmp_path / "photos", **{"with, comma": 5, "b": 5})
-    splits, run = load_splits(config(root)), Run(tmp_path / "run")
-    save_splits(splits, run)
-    for name, split in splits.items():
-        with (run.splits / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        assert [row["id"] for row in rows] == column_values(split, "id")
-        assert all(row["label"] == row["id"].split("/")[0] and row["split"] == name for row in rows)
+def test_a_duplicate_is_never_on_both_sides(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "photos", classes=2, per_class=30)
+    for number in range(15):  # each twice more, under other names and one of them in the other class
+        image = (root / "blue" / f"{number}.png").read_bytes()
+        (root / "blue" / f"again {number}.png").write_bytes(image)
+        (root / "green" / f"blue {number}.png").write_bytes(image)
+    splits = prepare_splits(config(root, validation_fraction=0.25, test_fraction=0.25)).splits
+    digests = [set(column_values(split, "digest")) for split in splits.values()]
+    assert sum(map(len, digests)) == len(set().union(*digests)) == 60
+    assert sum(map(len, splits.values())) == 90
+
+
+def test_groups_and_duplicates_tie_images_together(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "photos", classes=3, per_class=60)
+    for name, number in (("blue", 0), ("green", 7), ("red", 13)):  # ties the groups of 0 to 5 and of 54 to 59
+        shutil.copy(root / name / f"{number}.png", root / name / f"{number + 300}.png")
+    splits = prepare_splits(config(root, group=r"^\w+/\d*?(?=\d\.png)")).splits  # all but the last digit
+    where = {identity: name for name, rows in ids(splits).items() for identity in rows}
+    assert len(where) == 183
+    for name in ("blue", "green", "red"):
+        for tens in range(1, 6):
+            assert len({where[f"{name}/{tens}{ones}.png"] for ones in range(10)}) == 1
+    assert where["red/13.png"] == where["red/313.png"] == where["red/19.png"]
+    assert where["green/7.png"] == where["green/307.png"]
+
+
+def test_images_of_train_that_are_in_test_are_left_out_and_said(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    draw_folder(root / "train", classes=2, per_class=20)
+    (root / "test" / "blue").mkdir(parents=True)
+    shutil.copy(root / "train" / "blue" / "3.png", root / "test" / "blue" / "leak.png")
+    data = prepare_splits(config(root))
+    assert "1 image of train left out, the same as images of test: train/blue/3.png" in [
+        finding.message for finding in data.findings.findings
+    ]
+    assert sum(map(len, data.splits.values())) == 40
+    assert ids(data.splits)["test"] == ["test/blue/leak.png"]
 
 
 def test_prepared_data_describes_itself(folder: Path) -> None:
     (folder / "red" / "0.png").write_bytes(b"")
     data = prepare_splits(config(folder, on_unreadable="skip"))
     facts = data.describe("photos")
+    (cut,) = data.findings.findings
     assert facts["source"] == "folder"
     assert sum(split["num_images"] for split in facts["splits"].values()) == 35
-    assert facts["unreadable"] == [{"id": "red/0.png", "problem": "0 bytes"}]
+    assert [(image.id, image.detail) for image in cut.images] == [("red/0.png", "0 bytes")]
+
+
+@pytest.mark.slow
+def test_a_million_files_are_split_in_seconds_and_in_little_memory() -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts" / "bench_listing.py"
+    memory = (
+        ["--where", "/dev/shm"] if os.access("/dev/shm", os.W_OK) else []
+    )  # drawn and removed in less time
+    words = [sys.executable, str(script), *memory]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    for line, files, seconds in zip(printed.splitlines()[1:], (60_000, 1_000_000), (1.5, 30), strict=True):
+        fields = line.replace(",", "").split()
+        assert int(fields[0]) == files
+        assert float(fields[-4]) < seconds, printed
+        assert float(fields[-2]) < 1024, printed
 
 
 @pytest.mark.slow

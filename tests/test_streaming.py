@@ -19,7 +19,7 @@ from vit_finetune.data import batches as batches_module
 from vit_finetune.data import streams, survey
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import NO_LABEL, StreamBatches, StreamLoader, rebatch
-from vit_finetune.data.images import decode_image
+from vit_finetune.data.images import EncodedImage, decode_image
 from vit_finetune.data.sources import column_values
 from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream, shuffled
 from vit_finetune.data.streams import Carving
@@ -175,7 +175,8 @@ def expected_images(data: PreparedStream, processor: Any, epoch: int) -> Counter
     augment = build_augmentation(AUGMENTED, processor)
     images = []
     for number in numbers_of(data)["train"]:
-        varied = augment(decode_image(draw_png(number)), generator_of(7, epoch, key_of(number)))
+        image, generator = decode_image(draw_png(number)), generator_of(7, epoch, key_of(number))
+        varied = augment(augment.fit(image, augment.draw_crop(image.shape[-2:], generator)), generator)
         images.append((varied.numpy().tobytes(), data.labels.index(NAMES[number % 3])))
     return Counter(images)
 
@@ -240,7 +241,7 @@ def test_what_is_skipped_is_not_decoded(
 ) -> None:
     decoded: list[int] = []
     monkeypatch.setattr(
-        batches_module, "decode_image", lambda encoded: decoded.append(len(encoded)) or decode_image(encoded)
+        batches_module, "EncodedImage", lambda data: decoded.append(len(data)) or EncodedImage(data)
     )
     assert data.train.num_images is not None
     epoch_of(build(data, processor), 0, 5)
@@ -299,6 +300,8 @@ def test_an_unreadable_image_stops_and_is_named(tmp_path: Path, processor: Any, 
     with pytest.raises(RunError, match=r"^part-009.tar/x: cannot be read: not an image") as caught:
         epoch_of(batches, 0)
     assert "Traceback" not in str(caught.value)
+    with pytest.raises(RunError, match=r"^part-009.tar/x: cannot be read: not an image"):
+        prepare(tmp_path).train.head(1000)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -308,6 +311,7 @@ def test_an_unreadable_image_is_skipped_and_counted(tmp_path: Path, processor: A
     found = epoch_of(batches, 0)
     assert len(images_in(found)) == (data.train.num_images or 0) - 1
     assert batches.unreadable == {"part-009.tar/x": "not an image"}
+    assert len(data.train.head(1000)) == (data.train.num_images or 0) - 1
 
 
 def test_unreadable_images_of_held_splits_are_found_before_training(tmp_path: Path) -> None:
@@ -315,7 +319,9 @@ def test_unreadable_images_of_held_splits_are_found_before_training(tmp_path: Pa
     with pytest.raises(RunError, match=r"part-009.tar/x: not an image"):
         prepare(folder)
     data = prepare(folder, on_unreadable="skip")
-    assert [finding.id for finding in data.unreadable] == ["part-009.tar/x"]
+    (finding,) = (finding for finding in data.findings.findings if finding.kind == "unreadable")
+    assert [image.id for image in finding.images] == ["part-009.tar/x"]
+    assert all("part-009.tar/x" not in split["id"][:] for split in data.splits.values())
 
 
 def test_fewer_shards_than_processes(data: PreparedStream, processor: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import ModelConfig, build_recipe
 from vit_finetune.run import RunError
-from vit_finetune.training.hardware import bf16_speedup, check_world, choose_hardware, estimate_memory
+from vit_finetune.training import hardware
+from vit_finetune.training.hardware import check_world, choose_hardware, estimate_memory
 from vit_finetune.training.optim import build_parameter_groups, layer_numbers
 from vit_finetune.training.trainer import cross_entropy
 
@@ -118,14 +120,13 @@ def test_hardware_says_why_and_does_what_the_recipe_says() -> None:
     assert [choice.name for choice in chosen.choices] == [
         "precision",
         "attention",
-        "loader processes",
         "batch",
     ]
     assert all(choice.reason for choice in chosen.choices)
     assert 1 <= chosen.batch_size <= 128 and chosen.use_cpu
-    set_ = recipe.training.model_copy(update={"bf16": True, "dataloader_num_workers": 3})
+    set_ = recipe.training.model_copy(update={"bf16": True})
     told = choose_hardware(set_, recipe.model.model_copy(update={"attn_implementation": "eager"}), model)
-    assert (told.bf16, told.num_workers, told.attn_implementation) == (True, 3, "eager")
+    assert (told.bf16, told.attn_implementation) == (True, "eager")
     # A resumed run computes as it did before, whatever this machine would choose now.
     resumed = choose_hardware(
         recipe.training,
@@ -139,8 +140,22 @@ def test_hardware_says_why_and_does_what_the_recipe_says() -> None:
         choose_hardware(set_.model_copy(update={"fp16": True}), recipe.model, model)
 
 
-def test_bf16_speedup_is_a_ratio() -> None:
-    assert 0.01 < bf16_speedup(64) < 100
+def test_the_precision_is_the_one_whose_step_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, times = [], {"bf16": 0.0}
+
+    def measure(model: Any, device: Any, autocast: Any, batch_size: int) -> float:
+        measured.append((model.config._attn_implementation, autocast, batch_size))
+        return 1.0 if autocast is None else times["bf16"]
+
+    monkeypatch.setattr(hardware, "measure_step", measure)
+    recipe = build_recipe(
+        {"data": {"path": "x"}, "model": {"config": TINY_VIT}, "training": {"use_cpu": True}}
+    )
+    for times["bf16"], expected in ((0.5, (True, "eager")), (1.0, (False, "sdpa")), (2.0, (False, "sdpa"))):
+        chosen = choose_hardware(recipe.training, recipe.model, build())
+        assert (chosen.bf16, chosen.attn_implementation) == expected
+    # Each with the attention that it would have.
+    assert set(measured) == {("sdpa", None, 32), ("eager", torch.bfloat16, 32)}
 
 
 def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 @app.command()
 def check(
-    recipe: RecipeName, overrides: Overrides = None, as_json: Json = False, debug: Debug = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder for findings.json and checkup.html; OUTPUT_DIR-checkup if left out."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Look at data, recipe and machine; train nothing."""
     loaded = _load(recipe, overrides)
@@ -48,9 +55,11 @@ def check(
     def work() -> None:
         from vit_finetune.finetuning import check
 
-        facts = check(loaded)
+        facts = check(loaded, output)
         if as_json:
             _print_json(facts)
+        if "stops" in facts:
+            raise RunError(facts["stops"])
 
     _guarded(work, debug)
 

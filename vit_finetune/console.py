@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from vit_finetune.run import Finding
+
 
 @cache
 def terminal() -> Console:
@@ -37,18 +39,57 @@ def fail(message: str) -> None:
     terminal().print(f"error: {message}", style="bold red", markup=False)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table; the first column is text, the others are aligned right."""
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: int = 1
+) -> None:
+    """A table; the first columns are text, the others are aligned right."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if position < text_columns else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     # Soft wrapping, which `say` wants for long paths, would break a table's lines.
     terminal().print(table, soft_wrap=False)
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """A table of what a checkup found, with the first few images of each finding."""
+    if not findings:
+        say("checkup: nothing was found to be wrong")
+        return
+    rows = [
+        [
+            finding.severity,
+            finding.kind,
+            "\n".join([f"{finding.sentence}.", *name_images(finding)]),
+            finding.count,
+        ]
+        for finding in findings
+    ]
+    show_table("checkup", ["", "finding", "what was found, and what to do", "count"], rows, text_columns=3)
+
+
+def warn_of_findings(findings: Sequence[Finding]) -> None:
+    """Warnings, and notes of what is left out, line by line; other notes are for the report."""
+    from vit_finetune.run import TOLD
+
+    for finding in findings:
+        if finding.severity == "warning":
+            warn("\n".join([finding.sentence, *name_images(finding)]))
+        elif finding.kind in TOLD:
+            say(finding.sentence)
+
+
+def name_images(finding: Finding, most: int = 4) -> list[str]:
+    """A line for each of a finding's first few images."""
+    lines = [
+        f"  {image.name}" + (f" ({image.detail})" if image.detail else "") for image in finding.images[:most]
+    ]
+    more = len(finding.images) - most
+    return [*lines, f"  … and {more:,} more"] if more > 0 else lines
 
 
 def build_progress(unit: str) -> Progress:

@@ -14,14 +14,18 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
-from vit_finetune.console import say, show_table, warn
+from vit_finetune.console import say, show_findings, show_table, warn, warn_of_findings
 from vit_finetune.data.batches import count_batches
-from vit_finetune.data.sources import column_values
-from vit_finetune.data.splits import PreparedData, save_splits
-from vit_finetune.data.streaming import PreparedStream, prepare_data
+from vit_finetune.data.checkup import Checkup, check_up, explain_errors
+from vit_finetune.data.pictures import load_pictures
+from vit_finetune.data.sources import column_values, load_source
+from vit_finetune.data.split_files import save_splits
+from vit_finetune.data.splits import PreparedData, prepare_splits
+from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream
 from vit_finetune.data.transforms import (
     EvaluationImages,
     TrainingImages,
@@ -32,6 +36,7 @@ from vit_finetune.data.transforms import (
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
 from vit_finetune.model.loading import describe_model, load_checkpoint, load_model, quiet_transformers
 from vit_finetune.publishing.card import write_card
+from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.publishing.report import write_report
 from vit_finetune.recipe import Recipe, load_recipe
 from vit_finetune.run import Interrupted, Report, Run, RunError, write_json, write_text, written_whole
@@ -42,7 +47,8 @@ from vit_finetune.training.hardware import (
     choose_hardware,
     estimate_memory,
 )
-from vit_finetune.training.images import add_unreadable, build_training_images, first_images
+from vit_finetune.training.images import add_unreadable, build_batches, first_images, keep_workers
+from vit_finetune.training.loading import Loading, choose_loading
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
@@ -73,15 +79,21 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model, before)
         model.set_attn_implementation(hardware.attn_implementation)
-        train = build_training_images(
-            data, image_processor, recipe.augmentation, recipe.training, hardware, before
-        )
+        train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
+        loading = _choose_loading(recipe, data, train, model, hardware, before)
         _show_plan(recipe, data, model, hardware, state.num_processes)
-        arguments = build_arguments(recipe.training, hardware, run.checkpoints, recipe.evaluation.batch_size)
+        warn_of_findings(data.findings.findings)
+        if loading.cache:
+            train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
+        arguments = build_arguments(
+            recipe.training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size
+        )
+        batches = build_batches(
+            data, image_processor, recipe.augmentation, recipe.training, hardware, loading, before
+        )
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
         if state.is_main_process:
-            shown = first_images(data, image_processor, recipe.augmentation, recipe.training.seed, 6)
-            _open(run, recipe, data, shown, provenance)
+            _open(run, recipe, data, train, provenance)
         state.wait_for_everyone()
         stop = StopOnInterrupt()
         display = ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes)
@@ -89,7 +101,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             model,
             image_processor,
             arguments,
-            train,
+            batches or train,
             EvaluationImages(data.splits["validation"], image_processor),
             compute_metrics=_validation_metrics,
             callbacks=[stop, display],
@@ -99,8 +111,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         finally:
             stop.stop_listening()
             display.bar.stop()  # also where training failed, or the bar would be drawn below the error
-        provenance |= describe_training(trainer, result.metrics, hardware, before)
-        add_unreadable(provenance, train, before)
+        provenance |= describe_training(trainer, result.metrics, hardware, loading, before)
+        add_unreadable(provenance, batches, before)
         if stop.interrupted:
             if state.is_main_process:
                 write_json(run.provenance, provenance)
@@ -118,30 +130,44 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             write_card(run)
             write_report(run)  # last: a run with a report is finished
             _show_reports(reports, run)
+            say(provenance["verdict"])
         state.wait_for_everyone()
     return run
 
 
-def check(recipe: Recipe) -> dict[str, Any]:
-    """What `finetune` would do: classes, counts, findings, batch, model, steps, memory. Trains nothing.
+def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
+    """What is wrong with the data, and what `finetune` would do: model, batch, steps, memory. Trains nothing.
+
+    Where findings would stop `finetune`, the answer has `stops`, the reason, and nothing about training.
 
     Args:
         recipe: what to look at.
+        output: where `findings.json` and `checkup.html` go; `<output_dir>-checkup` if None.
 
     Raises:
-        RunError: what would stop `finetune`.
+        RunError: what else would stop `finetune`.
     """
+    folder = Path(output or f"{recipe.output_dir}-checkup").expanduser()
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with _quiet_libraries(), _world(recipe) as state:
-        data = prepare_data(recipe.data)
+        if recipe.data.streaming:
+            data: PreparedData = prepare_stream(recipe.data)
+            found: dict[str, Any] = {}
+            warn_of_findings(data.findings.findings)
+        else:
+            checkup = check_up(load_source(recipe.data), recipe.data)
+            found = _show_checkup(recipe, checkup, folder)
+            if "stops" in found:
+                return found
+            data = prepare_splits(recipe.data, checkup)
+            warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model)
-        train = first_images(
-            data, image_processor, recipe.augmentation, recipe.training.seed, hardware.batch_size
-        )
+        train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
+        _choose_loading(recipe, data, train, model, hardware, None)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
-        facts = _show_plan(recipe, data, model, hardware, state.num_processes)
+        facts = found | _show_plan(recipe, data, model, hardware, state.num_processes)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
         say(f"one batch: pixel_values {tuple(batch['pixel_values'].shape)} uint8, normalised on the device")
         _show_classes(data)
@@ -171,6 +197,26 @@ def _world(recipe: Recipe) -> Iterator[PartialState]:
     state = PartialState(cpu=recipe.training.use_cpu or not torch.accelerator.is_available())
     check_world(state.num_processes)
     yield state
+
+
+def _choose_loading(
+    recipe: Recipe,
+    data: PreparedData,
+    train: TrainingImages,
+    model: PreTrainedModel,
+    hardware: Hardware,
+    before: dict[str, Any] | None,
+) -> Loading:
+    """How images are loaded, the same in every process; its choices join the machine's."""
+    training, cache = recipe.training, recipe.data.cache
+    if isinstance(data, PreparedStream):
+        cache = "off"
+        if before:  # who reads a stream decides its order
+            training = keep_workers(training, before)
+    loading = choose_loading(training, cache, train, model, hardware, before)
+    shared: list[Loading] = broadcast_object_list([loading])  # each process measured, the main one decides
+    hardware.choices += shared[0].choices
+    return shared[0]
 
 
 def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
@@ -244,12 +290,6 @@ def _show_plan(
             f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
         )
     )
-    for notice in data.notices:
-        warn(notice)
-    if data.unreadable:
-        warn(f"{len(data.unreadable)} unreadable images left out:")
-        for finding in data.unreadable:
-            warn(f"  {finding.id}: {finding.problem}")
     size = "×".join(map(str, facts["image_size"]))
     tokens = f", {facts['tokens']} tokens" if "tokens" in facts else ""
     origin = recipe.model.path or "from scratch"
@@ -266,13 +306,22 @@ def _show_plan(
     return facts | {
         "labels": data.labels,
         "splits": counts,
-        "notices": data.notices,
-        "unreadable": [asdict(finding) for finding in data.unreadable],
         "choices": [asdict(choice) for choice in hardware.choices],
         "images_per_step": per_step,
         "steps": steps,
         "memory_bytes": memory,
     }
+
+
+def _show_checkup(recipe: Recipe, checkup: Checkup, folder: Path) -> dict[str, Any]:
+    """Shows what is wrong with the data, writes it down, and answers it as facts by name."""
+    document = checkup.document(recipe.data)
+    show_findings(document.findings)
+    page = write_checkup(document, load_pictures(checkup.source, shown_images(document)), folder)
+    say(f"with pictures: {page}")
+    stops = explain_errors(document.findings, recipe.data)
+    facts = {"findings": document.model_dump(exclude_none=True)["findings"], "checkup": str(page)}
+    return facts | ({"stops": stops} if stops else {})
 
 
 def _show_classes(data: PreparedData) -> None:
@@ -300,6 +349,7 @@ def _open(
     try:
         write_json(run.provenance, provenance)
         save_splits(data.splits, run)
+        write_text(run.findings, data.findings.shortened().to_json())
         _save_augmented(run, train)
         write_text(run.recipe, recipe.to_yaml())  # last: a folder with a recipe is a run
     except BaseException:

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class RunError(RuntimeError):
@@ -90,6 +90,92 @@ class Report(BaseModel):
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
 
 
+class FoundImage(BaseModel):
+    """An image that a finding is about."""
+
+    model_config = ConfigDict(frozen=True)
+    split: str
+    """train, validation or test; `all` where the data has no splits."""
+    id: str
+    detail: str = ""
+    """What is the matter with this one, or its class where images of several are the same."""
+    group: int | None = None
+    """Images with one number belong together: they are the same, or nearly."""
+
+    @property
+    def name(self) -> str:
+        """The id; after its split where the data has splits and the id does not begin with its folder."""
+        folder = self.id.partition("/")[0].lower() if "/" in self.id else ""
+        shown = self.split == "all" or folder.startswith(self.split[:3])
+        return self.id if shown else f"{self.split} {self.id}"
+
+
+TOLD = ("listing", "excluded")
+"""Kinds of notes that people are told of as of warnings: what is not trained on."""
+
+
+class Finding(BaseModel):
+    """One kind of thing that a checkup saw in the data."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: str
+    """kebab-case, such as `near-duplicate`."""
+    severity: Literal["error", "warning", "note"]
+    """An error stops training."""
+    message: str
+    """What was found, without a full stop."""
+    advice: str = ""
+    """What to do about it, without a full stop."""
+    count: int
+    """Images; of what is said about classes or the listing, classes or sentences."""
+    images: list[FoundImage] = []
+    exclude: list[FoundImage] = []
+    """What `data.exclude` leaves out, so that the finding is gone: of duplicates all but one."""
+
+    @property
+    def sentence(self) -> str:
+        """What was found and what to do, in one line."""
+        return f"{self.message}. {self.advice}" if self.advice else self.message
+
+    def shortened(self, most: int = 20) -> Finding:
+        """The finding with its first few images, and without what to exclude."""
+        return self.model_copy(update={"images": self.images[:most], "exclude": []})
+
+
+class Findings(BaseModel):
+    """`findings.json`: everything that a checkup saw in the data, gravest first."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    """`data.path` of the recipe."""
+    num_images: dict[str, int]
+    """Images by split, as the data has them before anything is carved or left out."""
+    findings: list[Finding]
+
+    def to_json(self) -> str:
+        """The document as JSON."""
+        return self.model_dump_json(indent=1, exclude_none=True) + "\n"
+
+    def shortened(self) -> Findings:
+        """The document with the first few images of each finding, as a run keeps it."""
+        return self.model_copy(update={"findings": [finding.shortened() for finding in self.findings]})
+
+    @classmethod
+    def load(cls, path: Path) -> Findings:
+        """The findings in a JSON file.
+
+        Raises:
+            RunError: there is no such file, or it is none that `vit-finetune check` wrote.
+        """
+        expected = "expected a findings.json that `vit-finetune check` wrote"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise RunError(f"{path}: cannot be opened: {error.strerror}; {expected}") from None
+        except ValidationError:
+            raise RunError(f"{path}: not a findings document; {expected}") from None
+
+
 class Run:
     """The folder of one execution; knows where everything in it lies, and makes nothing until asked."""
 
@@ -98,6 +184,7 @@ class Run:
         self.recipe = self.path / "recipe.yaml"
         self.provenance = self.path / "provenance.json"
         self.splits = self.path / "splits"
+        self.findings = self.path / "findings.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.history = self.path / "history.json"

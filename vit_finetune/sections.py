@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
@@ -50,11 +51,14 @@ class DataConfig(Section):
     """Images of one group are never carved apart: a column of a table or Hub dataset, or a regular expression
     whose match in an image's id (its first parenthesis, where there is one) names the group."""
     fold: str | None = None
-    """`2/5`: the second of five equal parts of the training images is the validation split."""
+    """`2/5`: the second of five equal parts of the training images is the validation split, in place of
+    `validation_fraction`; the test split is the same for all five."""
     per_class: Positive | None = None
-    """At most so many training images of each class, chosen by `split_seed` (few-shot)."""
+    """At most so many training images of each class, chosen by `split_seed` (few-shot); validation and test
+    stay whole."""
     splits: str | None = None
-    """A run, or its `splits/` folder, whose splits to repeat."""
+    """A run, its `splits/` folder or a csv file (columns id, label, split) whose splits to repeat; fractions
+    and seed then decide nothing."""
     streaming: bool = False
     """Read training images from front to back out of shards (WebDataset, Parquet, a Hub dataset); only the
     validation and test images are kept on disk."""
@@ -63,6 +67,23 @@ class DataConfig(Section):
     holds so many, encoded."""
     cache: str = "auto"
     """Keep training images shrunk to just above training size: `auto` where it pays, `off`, or a folder."""
+
+    @field_validator("fold")
+    @classmethod
+    def _is_fold(cls, value: str | None) -> str | None:
+        match = re.fullmatch(r"(\d+)/(\d+)", value) if value is not None else None
+        if value is not None and not (match and 1 <= int(match[1]) <= int(match[2]) and int(match[2]) > 1):
+            raise ValueError("is a part and the number of parts, at least two: 1/5 to 5/5 for five")
+        return value
+
+    @model_validator(mode="after")
+    def _splits_say_all(self) -> DataConfig:
+        beside = [name for name in ("group", "fold", "per_class") if getattr(self, name) is not None]
+        if self.splits is not None and beside:
+            raise ValueError(
+                f"splits names the split of every image already: leave out {' and '.join(beside)}, or splits"
+            )
+        return self
 
     @model_validator(mode="after")
     def _leaves_training_images(self) -> DataConfig:

@@ -11,16 +11,18 @@ import pytest
 import torch
 from conftest import TINY_VIT, draw_folder, tiny_recipe
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, pipeline
 
-from vit_finetune.data.splits import load_splits
+from vit_finetune.data.carving import load_splits
 from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.evaluation.scoring import score
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_checkpoint, load_model, restore_weights
 from vit_finetune.recipe import EvaluationConfig, ModelConfig, Recipe
 from vit_finetune.training.hardware import choose_hardware
+from vit_finetune.training.loading import choose_loading
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
 DROPOUT = {"config": {**TINY_VIT, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.1}}
@@ -36,11 +38,13 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     torch.manual_seed(recipe.training.seed)
     model, processor = load_model(recipe.model, splits["train"].features["label"].names)
     hardware = choose_hardware(recipe.training, recipe.model, model)
+    images = TrainingImages(splits["train"], processor, recipe.augmentation, recipe.training.seed)
+    loading = choose_loading(recipe.training, "off", images, model, hardware)
     return ViTTrainer(
         model,
         processor,
-        build_arguments(recipe.training, hardware, output_dir, recipe.evaluation.batch_size),
-        TrainingImages(splits["train"], processor, recipe.augmentation, recipe.training.seed),
+        build_arguments(recipe.training, hardware, loading, output_dir, recipe.evaluation.batch_size),
+        images,
         EvaluationImages(splits["validation"], processor),
         compute_metrics=lambda prediction: {
             "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
@@ -255,6 +259,27 @@ def test_any_number_of_workers_equals_none(folder: Path, tmp_path: Path, workers
         trainer.train()
         results.append(weights_of(trainer.model))
     assert same(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_from_the_cache_equal_those_from_the_files(folder: Path, tmp_path: Path, workers: int) -> None:
+    """Bit for bit where no image is larger than the cache keeps them; tests/test_cache.py has the tolerance."""
+    results = []
+    for cache in ("off", str(tmp_path / "cache")):
+        run = finetune(
+            tiny_recipe(
+                folder,
+                tmp_path / f"run{len(results)}",
+                data={"cache": cache},
+                model={"config": {**DROPOUT["config"], "image_size": 32}},
+                augmentation=AUGMENTED,
+                training={"dataloader_num_workers": workers},
+            )
+        )
+        results.append(load_file(run.model / "model.safetensors"))
+    assert same(*results)
+    assert list((tmp_path / "cache").rglob("*.bin"))
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run, RunError
 from vit_finetune.training.hardware import choose_hardware
-from vit_finetune.training.images import build_training_images
+from vit_finetune.training.images import build_batches, first_images, keep_workers
+from vit_finetune.training.loading import choose_loading
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
 STREAMED = {"streaming": True, "shuffle_buffer": 6}
@@ -46,11 +47,13 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     torch.manual_seed(recipe.training.seed)
     model, processor = load_model(recipe.model, data.labels)
     hardware = choose_hardware(recipe.training, recipe.model, model)
+    shown = first_images(data, processor, recipe.augmentation, recipe.training.seed)
+    loading = choose_loading(recipe.training, "off", shown, model, hardware)
     return ViTTrainer(
         model,
         processor,
-        build_arguments(recipe.training, hardware, output_dir, recipe.evaluation.batch_size),
-        build_training_images(data, processor, recipe.augmentation, recipe.training, hardware, None),
+        build_arguments(recipe.training, hardware, loading, output_dir, recipe.evaluation.batch_size),
+        build_batches(data, processor, recipe.augmentation, recipe.training, hardware, loading, None),
         EvaluationImages(data.splits["validation"], processor),
         compute_metrics=lambda prediction: {
             "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
@@ -181,12 +184,15 @@ def test_a_streamed_run_tells_the_same_story(tmp_path: Path) -> None:
     assert evaluate(run.path).accuracy == report["accuracy"]
     with pytest.raises(RunError, match="there is no split 'train'"):
         evaluate(run.path, split="train")
-    before = json.loads(json.dumps(provenance))
-    before["hardware"]["processes"] = 2
-    _, processor = load_model(recipe.model, NAMES)
-    hardware = choose_hardware(recipe.training, recipe.model, load_model(recipe.model, NAMES)[0])
+    provenance["hardware"]["processes"] = 2
+    model, processor = load_model(recipe.model, NAMES)
+    hardware = choose_hardware(recipe.training, recipe.model, model)
+    shown = first_images(data, processor, recipe.augmentation, recipe.training.seed)
+    loading = choose_loading(recipe.training, "off", shown, model, hardware)
     with pytest.raises(RunError, match="started with 2 processes"):
-        build_training_images(data, processor, recipe.augmentation, recipe.training, hardware, before)
+        build_batches(data, processor, recipe.augmentation, recipe.training, hardware, loading, provenance)
+    provenance["choices"] = [{"name": "loader processes", "value": "3"}]
+    assert keep_workers(recipe.training, provenance).dataloader_num_workers == 3
 
 
 MEASURE = """

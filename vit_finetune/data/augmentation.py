@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
+from typing import NamedTuple
 
 import torch
 from torchvision.transforms.v2 import functional as F
@@ -31,6 +32,38 @@ def generator_of(seed: int, epoch: int, key: int | str) -> Random:
         key: what the image is known by: its row, or where rows are streamed the hash of its content.
     """
     return Random(f"{seed}/{epoch}/{key}")
+
+
+class Crop(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def shrink_for(self, size: tuple[int, int]) -> int:
+        """By how much (1, 2, 4 or 8) a decoder may divide the sides and still leave `size` pixels here.
+
+        Args:
+            size: height and width that the crop will be resized to.
+        """
+        spare = min(self.height / size[0], self.width / size[1])
+        return next((factor for factor in (8, 4, 2) if spare >= factor), 1)
+
+    def on(self, size: Sequence[int], original: Sequence[int]) -> Crop:
+        """The same part of a smaller picture of the image, to the nearest pixel.
+
+        Args:
+            size: the picture's height and width.
+            original: the image's height and width, of which this is a part.
+        """
+        if tuple(size) == tuple(original):
+            return self
+        down, across = size[0] / original[0], size[1] / original[1]
+        height, width = max(1, round(self.height * down)), max(1, round(self.width * across))
+        top = min(round(self.top * down), size[0] - height)
+        return Crop(top, min(round(self.left * across), size[1] - width), height, width)
 
 
 class Augmentation:
@@ -60,25 +93,36 @@ class Augmentation:
             resize,
         )
 
+    def draw_crop(self, size: tuple[int, int], generator: Random) -> Crop | None:
+        """The part of an image to train on; None where the recipe wants no random crop.
+
+        Apart from the rest, so that a decoder can be told how many pixels are needed.
+
+        Args:
+            size: the original's height and width in pixels.
+            generator: the image's own; the crop is what it draws first.
+        """
+        if self.config.crop_scale is None:
+            return None
+        return draw_crop(size, self.config.crop_scale, self.config.crop_ratio, generator)
+
+    def fit(self, image: torch.Tensor, crop: Crop | None) -> torch.Tensor:
+        """The part of an image, or all of it as evaluation sees it: uint8 `(3, …)` → uint8 `(3, *size)`.
+
+        Args:
+            image: uint8 `(3, height, width)` of any size.
+            crop: in the pixels of `image`.
+        """
+        if crop is None:
+            return self.resize(image)
+        fitted: torch.Tensor = F.resized_crop(
+            image, *crop, list(self.size), interpolation=self.interpolation, antialias=True
+        )
+        return fitted
+
     def __call__(self, image: torch.Tensor, generator: Random) -> torch.Tensor:
-        """A varied image: uint8 `(3, height, width)` of any size → uint8 `(3, *size)`."""
+        """A fitted image, varied: uint8 `(3, *size)` → uint8 `(3, *size)`."""
         config = self.config
-        if config.crop_scale is None:
-            image = self.resize(image)
-        else:
-            top, left, height, width = draw_crop(
-                image.shape[-2:], config.crop_scale, config.crop_ratio, generator
-            )
-            image = F.resized_crop(
-                image,
-                top,
-                left,
-                height,
-                width,
-                list(self.size),
-                interpolation=self.interpolation,
-                antialias=True,
-            )  # (3, H, W)
         if generator.random() < config.horizontal_flip:
             image = F.horizontal_flip(image)
         match config.policy:
@@ -89,9 +133,9 @@ class Augmentation:
                     space = randaugment_space(self.size)
                     image = self._operate(image, space, config.randaugment_magnitude, generator)
         if generator.random() < config.random_erasing:
-            top, left, height, width = draw_crop(self.size, (0.02, 1 / 3), (0.3, 3.3), generator)
+            part = draw_crop(self.size, (0.02, 1 / 3), (0.3, 3.3), generator)
             colour = torch.tensor(self.fill, dtype=torch.uint8).reshape(3, 1, 1)
-            image = F.erase(image, top, left, height, width, colour.expand(3, height, width))
+            image = F.erase(image, *part, colour.expand(3, part.height, part.width))
         return image
 
     def _operate(
@@ -111,8 +155,8 @@ class Augmentation:
 
 def draw_crop(
     size: Sequence[int], scale: tuple[float, float], ratio: tuple[float, float], generator: Random
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width in pixels of a random part of an image.
+) -> Crop:
+    """A random part of an image.
 
     Ten tries at an area share uniform in `scale` and an aspect ratio log-uniform in `ratio`, then the largest
     central part that keeps the ratio: the algorithm of `torchvision.transforms.v2.RandomResizedCrop`.
@@ -129,10 +173,10 @@ def draw_crop(
         aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return generator.randint(0, height - h), generator.randint(0, width - w), h, w
+            return Crop(generator.randint(0, height - h), generator.randint(0, width - w), h, w)
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-    return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
+    return Crop((height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1))
 
 
 # --------------------------------------------------------------------------- operations of the policies

@@ -12,11 +12,11 @@ from transformers import BaseImageProcessor
 
 from vit_finetune.console import warn
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.images import UnreadableImage, decode_image
+from vit_finetune.data.images import EncodedImage, UnreadableImage
 from vit_finetune.data.shards import label_ids
-from vit_finetune.data.streaming import TrainStream
+from vit_finetune.data.streaming import TrainStream, refuse_unreadable
 from vit_finetune.data.streams import Row
-from vit_finetune.data.transforms import TrainingIndex, build_augmentation, collate, output_size
+from vit_finetune.data.transforms import TrainingIndex, build_augmentation, collate, output_size, read_varied
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError
 
@@ -42,6 +42,7 @@ class StreamBatches(Dataset[Batch]):
         seed: of order and augmentation.
         batch_size: images per batch.
         num_workers: loader processes; their number decides the order of a stream, so a resumed run keeps it.
+        prefetch_factor: batches that each loader process keeps ready.
         pin_memory: for copies to an accelerator.
         processes: how many train together.
         rank: of this process among them.
@@ -60,6 +61,7 @@ class StreamBatches(Dataset[Batch]):
         seed: int,
         batch_size: int,
         num_workers: int = 0,
+        prefetch_factor: int | None = None,
         pin_memory: bool = False,
         processes: int = 1,
         rank: int = 0,
@@ -71,7 +73,7 @@ class StreamBatches(Dataset[Batch]):
                 f"{num_shards} shards cannot be divided over {processes} processes; expected at least one "
                 f"for each. Make more shards, start fewer processes, or leave out data.streaming"
             )
-        self.batch_size, self.pin_memory = batch_size, pin_memory
+        self.batch_size, self.pin_memory, self.prefetch_factor = batch_size, pin_memory, prefetch_factor
         self.num_images = stream.num_images
         self.num_workers = min(num_workers, num_shards // processes)  # more would find no shard to read
         batches = count_batches(stream, batch_size, processes)
@@ -108,6 +110,7 @@ class StreamBatches(Dataset[Batch]):
                 self.images,
                 batch_size=None,
                 num_workers=self.num_workers,
+                prefetch_factor=self.prefetch_factor if self.num_workers else None,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),  # or each epoch would draw from the one that dropout uses
             )
@@ -186,19 +189,16 @@ class _StreamedImages(IterableDataset[dict[str, Any]]):
         unreadable: dict[str, str] = {}
         items = []
         for row in rows:
+            generator = generator_of(self.seed, self.epoch, row.key)
             try:
-                image = decode_image(row.encoded)
-            except UnreadableImage as error:
+                image = read_varied(EncodedImage(row.encoded), self.augment, generator)
+            except UnreadableImage as problem:
                 if not self.stream.skips_unreadable:
-                    raise RunError(
-                        f"{row.name}: cannot be read: {error}. Repair or remove it, or leave out what cannot "
-                        f"be read with data.on_unreadable=skip"
-                    ) from None
-                unreadable[row.name] = str(error)
+                    raise refuse_unreadable(row, problem) from None
+                unreadable[row.name] = str(problem)
                 items.append(_filling(self.size))
                 continue
-            varied = self.augment(image, generator_of(self.seed, self.epoch, row.key))
-            items.append({"pixel_values": varied, "labels": self.ids[row.label or ""]})
+            items.append({"pixel_values": image, "labels": self.ids[row.label or ""]})
         return {**collate(items), "unreadable": unreadable}
 
 

@@ -1,192 +1,226 @@
-"""What is wrong with this data, image by image: found by reading every one before training starts."""
+"""What is wrong with this data, finding by finding: every image is read before training starts."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import datasets
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import torch
 
 from vit_finetune.console import progress
-from vit_finetune.data.archives import cache_dir
-from vit_finetune.data.folders import ALL
-from vit_finetune.data.images import UnreadableImage, decode_image
-from vit_finetune.data.sources import Source, column_values, missing_classes
-from vit_finetune.data.webdataset import is_member_path, read_encoded
+from vit_finetune.data.duplicates import find_near, group_equal, group_linked
+from vit_finetune.data.folders import ALL, count_of, first_of
+from vit_finetune.data.image_findings import Images, find_odd_images, find_unreadable, gather_images
+from vit_finetune.data.pictures import open_image
+from vit_finetune.data.readings import memory_path, read_images
+from vit_finetune.data.set_findings import (
+    describe_listing,
+    find_class_faults,
+    find_duplicates,
+    find_straddling_groups,
+)
+from vit_finetune.data.sources import Source, column_values
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import RunError, written_whole
+from vit_finetune.run import Finding, Findings, RunError
 
-CHUNK = 64
-"""Images that one thread reads at a time."""
+GRAVITY = ("error", "warning", "note")
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong with one image."""
-
-    id: str
-    problem: str
+MOST_LISTED = 20
+"""Images that an error names; `vit-finetune check` writes all of them down."""
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What reading one image told: its content's hash, and why it cannot be decoded, or nothing."""
+@dataclass
+class Checkup:
+    """A source that was looked at."""
 
-    digest: str
-    problem: str
+    source: Source
+    """Without what cannot be read or is excluded; with a column `digest` (content hash)."""
+    findings: list[Finding]
+    """Gravest first."""
+    num_images: dict[str, int]
+    """By split, before anything was left out."""
+    twins: list[tuple[str, str]] = field(default_factory=list)
+    """Ids of training images that are nearly the same, which carving must not part."""
+
+    def document(self, config: DataConfig) -> Findings:
+        """Everything found, to be saved as `findings.json`."""
+        return Findings(path=config.path, num_images=self.num_images, findings=self.findings)
 
 
-def leave_out_unreadable(source: Source, config: DataConfig) -> tuple[Source, list[Finding]]:
-    """The source without images that cannot be decoded, with a column `digest` (content hash), and findings.
-
-    Every image is read and decoded once, in parallel. What was found is remembered by path, size and
-    modification time (by content for images that are no files), so that the next pass only looks at what
-    changed.
+def check_up(source: Source, config: DataConfig) -> Checkup:
+    """A source with every image read once, and what is wrong with it. Raises nothing for what it finds.
 
     Raises:
-        RunError: images are unreadable and `data.on_unreadable` is `stop`, the message lists them all; or a
-            split has no others.
+        RunError: `data.exclude` is no findings document, or of other data.
     """
-    readings = _read_all(source, config)
+    num_images = {split: len(dataset) for split, dataset in source.splits.items()}
+    source, excluded = exclude_images(source, config)
+    readings = read_images(source, config)
+    images = gather_images(source, readings)
+    equal = group_equal(images.digests)
+    pairs = _near_pairs(source, images, config)
     findings = [
-        # Rows of the Hub and of Parquet files are counted in each split from 0.
-        Finding(f"{split} {name}" if source.kind in ("hub", "parquet") else name, reading.problem)
-        for split, rows in readings.items()
-        for name, reading in zip(column_values(source.splits[split], "id"), rows)
-        if reading.problem
+        *find_unreadable(images, config.on_unreadable == "skip"),
+        *find_straddling_groups(images),
+        *find_class_faults(images, config),
+        *find_duplicates(images, _readable(equal, images), near=False),
+        *find_duplicates(images, _with_copies(group_linked(pairs, len(images.ids)), equal), near=True),
+        *find_odd_images(images),
+        *describe_listing(source.notices),
+        *excluded,
     ]
-    if findings and config.on_unreadable == "stop":
-        lines = "\n".join(f"  {finding.id}: {finding.problem}" for finding in findings)
-        total = sum(map(len, readings.values()))
-        raise RunError(
-            f"{config.path}: {len(findings):,} of {total:,} images cannot be read:\n"
-            f"{lines}\nRepair or remove them, or leave them out with data.on_unreadable=skip"
-        )
-    splits = {}
-    for split, rows in readings.items():
-        good = [number for number, reading in enumerate(rows) if not reading.problem]
-        if not good:
-            where = config.path if split == ALL else f"{config.path}: {split}"
-            raise RunError(f"{where}: not one image can be read; the first is {rows[0].problem}")
-        dataset = source.splits[split].add_column("digest", [reading.digest for reading in rows])
-        splits[split] = dataset if len(good) == len(rows) else dataset.select(good)
-    notices = source.notices + [
-        notice for notice in missing_classes(splits, source.labels) if notice not in source.notices
+    findings.sort(key=lambda finding: GRAVITY.index(finding.severity))
+    carved = [images.splits[split] in ("train", ALL) for split in images.split]
+    twins = [
+        (images.ids[one], images.ids[other]) for one, other in pairs.tolist() if carved[one] and carved[other]
     ]
-    return Source(source.kind, splits, source.labels, notices), findings
+    return Checkup(_without_unreadable(source, readings), findings, num_images, twins)
 
 
-def _read_all(source: Source, config: DataConfig) -> dict[str, list[_Reading]]:
-    place = _hash(str(Path(config.path).absolute()).encode())
-    memory = _Memory(cache_dir() / "readings" / f"{place}.parquet")
-    total = sum(map(len, source.splits.values()))
-    readings: dict[str, list[_Reading]] = {}
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-        progress("reading images", total, "images") as advance,
-    ):
-        for split, dataset in source.splits.items():
-            images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-            readings[split] = []
-            for rows in _in_parallel(threads, images, memory):
-                readings[split] += rows
-                advance(len(rows))
-    memory.save()
-    return readings
+def leave_out_unreadable(source: Source, config: DataConfig) -> Source:
+    """The source without images that cannot be decoded, with a column `digest`; nothing else is looked for.
 
-
-def _in_parallel(
-    threads: ThreadPoolExecutor, images: datasets.Dataset, memory: _Memory
-) -> Iterator[list[_Reading]]:
-    """Readings in order, chunk by chunk.
-
-    Few chunks are under way at a time: `ThreadPoolExecutor.map` would take all images' bytes into memory at
-    once, and Ctrl-C would wait for all of them.
+    Raises:
+        RunError: images are unreadable and `data.on_unreadable` is `stop`; or a split has no others.
     """
-    waiting: deque[Future[list[_Reading]]] = deque()
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK]["image"]
-        waiting.append(threads.submit(lambda chunk: [_read(image, memory) for image in chunk], chunk))
-        if len(waiting) > 2 * (os.cpu_count() or 1):
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    readings = read_images(source, config)
+    raise_errors(find_unreadable(gather_images(source, readings), config.on_unreadable == "skip"), config)
+    kept = _without_unreadable(source, readings)
+    require_images(kept, config)
+    return kept
 
 
-def _read(image: dict[str, Any] | None, memory: _Memory) -> _Reading:
-    """Reads one image, or remembers having read it. Called from several threads."""
-    if image is None or (image["bytes"] is None and image["path"] is None):
-        return _Reading("", "the row holds no image")
-    data: bytes | None = image["bytes"]
-    try:
-        if data is None and is_member_path(image["path"]):
-            data = read_encoded(image)
-        if data is not None:
-            key = digest = _hash(data)
-        else:
-            path = Path(image["path"])
-            facts = path.stat()
-            key, digest = f"{path}|{facts.st_size}|{facts.st_mtime_ns}", ""
-        if key in memory.readings:
-            return memory.remember(key, memory.readings[key])
-        if data is None:
-            data = path.read_bytes()
-            digest = _hash(data)
-    except OSError as error:
-        return _Reading("", f"cannot be opened: {error.strerror}")
-    try:
-        decode_image(data)
-        problem = ""
-    except UnreadableImage as error:
-        problem = str(error)
-    return memory.remember(key, _Reading(digest, problem))
+def raise_errors(findings: list[Finding], config: DataConfig) -> None:
+    """Stops where there are errors among the findings.
+
+    Raises:
+        RunError: `explain_errors`.
+    """
+    reason = explain_errors(findings, config)
+    if reason:
+        raise RunError(reason)
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def explain_errors(findings: list[Finding], config: DataConfig) -> str:
+    """What was found, the images, and what to do, for each error; empty where there are none."""
+    said = []
+    for finding in findings:
+        if finding.severity != "error":
+            continue
+        images = finding.images if finding.kind != "class-too-small" else []  # the message says it all
+        lines = [
+            f"\n  {image.name}" + (f": {image.detail}" if image.detail else "")
+            for image in images[:MOST_LISTED]
+        ]
+        if len(images) > MOST_LISTED:
+            lines.append(
+                f"\n  … and {len(images) - MOST_LISTED:,} more; `vit-finetune check` writes all of them down"
+            )
+        said.append(f"{finding.message}:{''.join(lines)}\n{finding.advice}" if lines else finding.sentence)
+    return f"{config.path}: " + "\n".join(said) if said else ""
 
 
-class _Memory:
-    """Readings of earlier passes over the same data, in one small Parquet file."""
+def require_images(source: Source, config: DataConfig) -> None:
+    """Makes sure that every split has images left.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.readings: dict[str, _Reading] = {}
-        self.used: dict[str, _Reading] = {}
-        if path.is_file():
-            try:
-                columns = pyarrow.parquet.read_table(path).to_pydict()
-                self.readings = {
-                    key: _Reading(digest, problem)
-                    for key, digest, problem in zip(columns["key"], columns["digest"], columns["problem"])
-                }
-            except (OSError, KeyError, pa.ArrowException):
-                self.readings = {}  # a damaged cache only costs the time to read again
+    Raises:
+        RunError: a split has none.
+    """
+    for split, dataset in source.splits.items():
+        if not len(dataset):
+            where = config.path if split == ALL else f"{config.path}: {split}"
+            raise RunError(
+                f"{where}: not one image can be read or is left. Bring images back, or remove the split"
+            )
 
-    def remember(self, key: str, reading: _Reading) -> _Reading:
-        self.used[key] = reading
-        return reading
 
-    def save(self) -> None:
-        """Keeps what this pass saw; forgets files that are gone."""
-        if self.used == self.readings:
-            return
-        table = pa.table(
-            {
-                "key": list(self.used),
-                "digest": [reading.digest for reading in self.used.values()],
-                "problem": [reading.problem for reading in self.used.values()],
-            }
+def exclude_images(source: Source, config: DataConfig) -> tuple[Source, list[Finding]]:
+    """The source without the images that the document of `data.exclude` leaves out, and a note of them.
+
+    The note excludes the same images again: a checkup that replaces the document must not bring them back.
+
+    Raises:
+        RunError: it is no findings document, or names images that are not there.
+    """
+    if config.exclude is None:
+        return source, []
+    path = Path(config.exclude).expanduser()
+    listed = {
+        (image.split, image.id): image.model_copy(update={"detail": "", "group": None})
+        for finding in Findings.load(path).findings
+        for image in finding.exclude
+    }
+    splits = {}
+    unknown = set(listed)
+    for split, dataset in source.splits.items():
+        here = [(split, identity) for identity in column_values(dataset, "id")]
+        unknown.difference_update(here)
+        kept = [row for row, image in enumerate(here) if image not in listed]
+        splits[split] = dataset if len(kept) == len(here) else dataset.select(kept)
+    if unknown:
+        names = [listed[key].name for key in sorted(unknown)]
+        raise RunError(
+            f"{path}: {count_of(len(names), 'image')} to exclude {'is' if len(names) == 1 else 'are'} not in "
+            f"{config.path}: {first_of(names)}. The data changed since it was checked; run "
+            f"`vit-finetune check` again without data.exclude"
         )
-        # A cache that cannot be written only costs the time to read again.
-        with suppress(OSError), written_whole(self.path) as temporary:
-            pyarrow.parquet.write_table(table, temporary)
+    images = list(listed.values())
+    note = Finding(
+        kind="excluded",
+        severity="note",
+        message=f"{count_of(len(images), 'image')} left out by data.exclude",
+        count=len(images),
+        images=images,
+        exclude=images,
+    )
+    return replace(source, splits=splits), [note] if images else []
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarray:
+    """Pairs of rows `(n, 2)` that show the same picture; of equal files, the first stands for all."""
+    hashes = images.readings["phash"]
+    _, first = np.unique(images.digests.dictionary_encode().indices.to_numpy(), return_index=True)
+    rows = first[hashes.is_valid().to_numpy()[first] & ~images.column("blank")[first]]
+    if len(rows) < 2:
+        return np.empty((0, 2), np.int64)
+    starts = np.searchsorted(images.split, np.arange(len(images.splits)))
+
+    def open_row(number: int) -> torch.Tensor:
+        row = int(rows[number])
+        split = int(images.split[row])
+        return open_image(source.splits[images.splits[split]], row - int(starts[split]))
+
+    with progress("looking for near duplicates", 1, "searches") as advance:
+        pairs = find_near(
+            images.digests.take(pa.array(rows)).to_pylist(),
+            hashes.take(pa.array(rows)).to_numpy(),
+            open_row,
+            memory_path("duplicates", config),
+        )
+        advance()
+    return np.asarray(rows[pairs])
+
+
+def _readable(groups: list[np.ndarray], images: Images) -> list[np.ndarray]:
+    good = images.readable
+    return [rows for rows in groups if good[rows[0]]]  # equal content: all of them, or none
+
+
+def _with_copies(groups: list[np.ndarray], equal: list[np.ndarray]) -> list[np.ndarray]:
+    """The groups with the exact copies of their members."""
+    copies = {int(rows[0]): rows for rows in equal}
+    return [np.unique(np.concatenate([copies.get(int(row), [row]) for row in rows])) for rows in groups]
+
+
+def _without_unreadable(source: Source, readings: dict[str, pa.Table]) -> Source:
+    splits = {}
+    for split, dataset in source.splits.items():
+        good = [not problem for problem in readings[split]["problem"].to_pylist()]
+        with_digests = dataset.add_column("digest", readings[split]["digest"].to_pylist())
+        splits[split] = with_digests if all(good) else with_digests.select(np.flatnonzero(good))
+    return replace(source, splits=splits)

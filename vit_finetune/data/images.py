@@ -6,81 +6,130 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29, to be removed: Pillow gives the same pixels
-    decode_jpeg = None
-
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".jp2"}
-    | {".ppm", ".pgm", ".pbm", ".pnm"}
-)
-"""File name endings, in lower case, that are taken for images."""
 
 # Pillow warns from half of its own limit on; photographs of 100 megapixels are ordinary today. Once for the
 # process, because changing filters around each call is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")
+# The pixels are read all the same.
+warnings.filterwarnings("ignore", "Corrupt EXIF data")
 
 
 class UnreadableImage(ValueError):
     """An image that cannot be decoded; its text says why, without the file's name."""
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file name ends like an image's, in any case."""
-    return name[name.rfind(".") :].lower() in SUFFIXES  # pathlib would take a second over 60,000 files
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError),
+    *(struct.error, zlib.error),
+)
+"""What Pillow's decoders raise on broken data."""
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
-"""What Pillow's decoders raise on broken data, beside `struct.error` and `zlib.error`."""
+class EncodedImage:
+    """One encoded image: its size is known from its header, its pixels only when asked for.
+
+    JPEG goes through libjpeg-turbo by way of simplejpeg, which gives exactly Pillow's pixels faster, and
+    smaller pictures much faster; all else, and every JPEG that it is not sure about, goes through Pillow.
+
+    Args:
+        data: the file's bytes.
+
+    Raises:
+        UnreadableImage: empty, no image, or of so many pixels that it is taken for a decompression bomb
+            (above 2 × `PIL.Image.MAX_IMAGE_PIXELS`, about 179 million).
+    """
+
+    def __init__(self, data: bytes) -> None:
+        if not data:
+            raise UnreadableImage("0 bytes")
+        self._data, self._orientation, size = data, 1, None
+        self._is_jpeg = False
+        if data.startswith(b"\xff\xd8"):
+            with suppress(ValueError):  # then Pillow says what is wrong with it
+                height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+                self._is_jpeg = colours in ("YCbCr", "Gray") and height * width <= _LARGEST
+                size = (height, width)
+        if not self._is_jpeg or data.find(b"Exif\0", 0, 1 << 16) >= 0:
+            with _explained():
+                image = Image.open(io.BytesIO(data))
+                self._orientation = image.getexif().get(0x0112, 1)
+                size = (image.height, image.width)
+        assert size is not None  # one of the two readers told it, or raised
+        self._stored = size
+        self.size = size[::-1] if self._orientation in (5, 6, 7, 8) else size
+
+    size: tuple[int, int]
+    """Height and width in pixels, EXIF orientation applied."""
+
+    def decode(self, shrink: int = 1) -> torch.Tensor:
+        """The RGB pixels: uint8 `(3, height, width)`, EXIF orientation applied; channels lie last in memory.
+
+        Greyscale, palette and CMYK become RGB, alpha is dropped, of animations the first frame is taken: as
+        `transformers.image_utils.load_image` does. 16 bits per channel keep their upper 8, where Pillow's own
+        conversion would turn everything above 255 white.
+
+        Args:
+            shrink: 1, 2, 4 or 8: where the decoder can (JPEG), the sides come divided by it, rounded up.
+
+        Raises:
+            UnreadableImage: truncated or damaged.
+        """
+        if self._is_jpeg:
+            height, width = (-(-side // shrink) for side in self._stored)
+            least = {} if shrink == 1 else {"min_height": height, "min_width": width}
+            with suppress(ValueError):  # then Pillow decides, as it would in a pipeline
+                pixels = torch.from_numpy(simplejpeg.decode_jpeg(self._data, "RGB", **least)).permute(2, 0, 1)
+                return _turn(pixels, self._orientation)
+        with _explained("JPEG" if self._data.startswith(b"\xff\xd8") else ""):
+            image = Image.open(io.BytesIO(self._data))
+            ImageOps.exif_transpose(image, in_place=True)
+            # (H, W, 3) in memory → (3, H, W)
+            return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+
+
+def _turn(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    """The image upright: `(3, height, width)`, turned and mirrored as EXIF's tag 0x0112 says."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
+    return image.flip(flipped) if flipped else image
 
 
 def decode_image(data: bytes) -> torch.Tensor:
-    """The RGB pixels of an encoded image: uint8 `(3, height, width)`, EXIF orientation applied.
-
-    JPEG goes through torchvision while it has a decoder, which gives exactly Pillow's pixels a third faster;
-    all else through Pillow. Greyscale, palette and CMYK become RGB, alpha is dropped, of animations the first
-    frame is taken: as `transformers.image_utils.load_image` does. 16 bits per channel keep their upper 8,
-    where Pillow's own conversion would turn everything above 255 white.
+    """The RGB pixels of an encoded image, at full size: uint8 `(3, height, width)`, as `EncodedImage.decode`.
 
     Raises:
-        UnreadableImage: empty, truncated, not an image, or of so many pixels that it is taken for a
-            decompression bomb (above 2 × `PIL.Image.MAX_IMAGE_PIXELS`, about 179 million).
+        UnreadableImage: empty, truncated, not an image, or a decompression bomb.
     """
-    if not data:
-        raise UnreadableImage("0 bytes")
+    return EncodedImage(data).decode()
+
+
+_LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Pixels above which Pillow refuses an image."""
+
+
+@contextmanager
+def _explained(kind: str = "") -> Iterator[None]:
+    """Turns whatever Pillow's decoders raise into an `UnreadableImage` that says why."""
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.format in ("JPEG", "MPO") and decode_jpeg is not None:
-            return _decode_jpeg(data)
-        ImageOps.exif_transpose(image, in_place=True)
-        return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)  # (H, W, 3) in memory → (3, H, W)
+        yield
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
         raise UnreadableImage("not an image") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"decompression bomb: {error}") from None
-    except (*_BROKEN, struct.error, zlib.error) as error:
-        reason = "truncated" if "truncated" in str(error).lower() else str(error)
+    except BROKEN as error:
+        truncated = "truncated" in str(error).lower()
+        reason = f"truncated {kind}".rstrip() if truncated else str(error)
         raise UnreadableImage(reason or type(error).__name__) from None
-
-
-def _decode_jpeg(data: bytes) -> torch.Tensor:
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    try:
-        image: torch.Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        problem = "truncated JPEG" if "incomplete" in reason else f"broken JPEG: {reason}"
-        raise UnreadableImage(problem) from None
-    return image  # (3, H, W)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

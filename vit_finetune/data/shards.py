@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of, first_of, natural_key
-from vit_finetune.data.images import is_image_name
+from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of, first_of, is_image_name, natural_key
 from vit_finetune.data.tables import LABEL_COLUMNS, METADATA_NAMES, find_column
 from vit_finetune.data.webdataset import index_webdataset, is_webdataset, read_samples
 from vit_finetune.recipe import DataConfig

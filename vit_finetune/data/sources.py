@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vit_finetune.data.archives import cache_dir, is_archive, unpack
 from vit_finetune.data.folders import (
@@ -22,8 +23,9 @@ from vit_finetune.data.folders import (
     first_of,
     list_folder,
     natural_key,
-    walk_files,
+    walk_folders,
 )
+from vit_finetune.data.groups import group_names, match_groups
 from vit_finetune.data.shards import (
     Shards,
     distinct_labels,
@@ -42,7 +44,10 @@ from vit_finetune.run import RunError
 
 @dataclass
 class Source:
-    """What a data source holds before anything is carved: datasets with the columns id, image and label."""
+    """What a data source holds before anything is carved: datasets with the columns id, image and label.
+
+    Where the recipe says how images are grouped there is a string column group, None for those in no group.
+    """
 
     kind: str
     """folder, archive, table, webdataset, parquet, hub or built-in."""
@@ -57,9 +62,14 @@ def load_source(config: DataConfig) -> Source:
     """The images of a data source, undecoded, by the splits that it has.
 
     Raises:
-        RunError: nothing there, no images, no labels, one class only, or class lists that differ between
-            splits.
+        RunError: nothing there, no images, no labels, one class only, class lists that differ between
+            splits, or groups that are nowhere to be found.
     """
+    source = _open_source(config)
+    return source if config.group is None else _with_groups(source, config.path, config.group)
+
+
+def _open_source(config: DataConfig) -> Source:
     if config.path == "digits":
         return _digits()
     shards = find_shards(config.path)
@@ -107,60 +117,56 @@ def with_labels(dataset: datasets.Dataset, labels: Sequence[str]) -> datasets.Da
 
 def column_values(dataset: datasets.Dataset, column: str) -> list[Any]:
     """A column as a list; iterating the dataset's own column object is a hundred times slower."""
-    values: list[Any] = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    values: list[Any] = column_array(dataset, column).to_pylist()
     return values
 
 
-def missing_classes(splits: dict[str, datasets.Dataset], labels: list[str]) -> list[str]:
-    """A sentence for each split in which some class has no image."""
-    notices = []
-    for split, dataset in splits.items():
-        present = set(column_values(dataset, "label"))
-        absent = [label for number, label in enumerate(labels) if number not in present]
-        if absent:
-            where = "the data" if split == ALL else split
-            notices.append(f"{where} has no image of {first_of(absent, 8)}")
-    return notices
+def column_array(dataset: datasets.Dataset, column: str) -> pa.ChunkedArray:
+    """A column as Arrow keeps it: a million rows without a Python object for each."""
+    return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
 # --------------------------------------------------------------------------- folders and tables
 
 
 def _from_folder(root: Path, config: DataConfig, kind: str) -> Source:
-    files = walk_files(root)
-    tables = find_tables(root, files)
+    folders = walk_folders(root)
+    tables = find_tables(root, folders)
     if tables:
-        return _from_listing(kind, root, list_tables(root, tables, config, files))
-    return _from_listing(kind, root, list_folder(root, files, config.class_folder))
+        return _from_listing(kind, root, list_tables(root, tables, config, folders))
+    return _from_listing(kind, root, list_folder(root, folders, config.class_folder))
 
 
 def _from_listing(kind: str, root: Path, listing: Listing) -> Source:
     labels = common_labels(
-        str(root), {split: {label for _, label in rows} for split, rows in listing.splits.items()}
+        str(root), {split: set(rows["label"].unique().to_pylist()) for split, rows in listing.splits.items()}
     )
-    ids = {label: number for number, label in enumerate(labels)}
-    prefix = f"{root}/"
     splits = {}
     for split, rows in listing.splits.items():
-        names = [name for name, _ in rows]
-        images = pa.StructArray.from_arrays(
-            [pa.nulls(len(names), pa.binary()), pa.array([prefix + name for name in names], pa.string())],
-            names=["bytes", "path"],
-        )
-        splits[split] = build_dataset(names, images, [ids[label] for _, label in rows], labels)
-    return Source(kind, splits, labels, listing.notices + missing_classes(splits, labels))
+        ids = rows["id"].combine_chunks()
+        paths = pc.binary_join_element_wise(pa.scalar(f"{root}/"), ids, "")
+        images = pa.StructArray.from_arrays([pa.nulls(len(ids), pa.binary()), paths], names=["bytes", "path"])
+        label_ids = pc.index_in(rows["label"], value_set=pa.array(labels)).combine_chunks()
+        groups = rows["group"].combine_chunks() if "group" in rows.column_names else None
+        splits[split] = build_dataset(ids, images, label_ids.cast(pa.int64()), labels, groups)
+    return Source(kind, splits, labels, listing.notices)
 
 
 def build_dataset(
-    ids: Sequence[str], images: pa.StructArray, label_ids: Sequence[int], labels: Sequence[str]
+    ids: Sequence[str] | pa.Array,
+    images: pa.StructArray,
+    label_ids: Sequence[int] | pa.Array,
+    labels: Sequence[str],
+    groups: pa.Array | None = None,
 ) -> datasets.Dataset:
-    """A dataset with the columns id, image and label.
+    """A dataset with the columns id, image and label, and where groups are given group.
 
     Args:
         ids: one distinct name per image.
         images: structs of `bytes` and `path`, as `datasets.Image` stores them.
-        label_ids: class ids, positions in `labels`.
+        label_ids: class ids, int64, positions in `labels`.
         labels: class names.
+        groups: names of groups, strings or null.
     """
     features = datasets.Features(
         {
@@ -168,12 +174,44 @@ def build_dataset(
             "image": datasets.Image(),
             "label": datasets.ClassLabel(names=list(labels)),
         }
+        | ({} if groups is None else {"group": datasets.Value("string")})
     )
-    table = pa.table(
-        {"id": pa.array(ids, pa.string()), "image": images, "label": pa.array(label_ids, pa.int64())},
-        schema=features.arrow_schema,
-    )
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    columns = {
+        "id": ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string()),
+        "image": images,
+        "label": label_ids if isinstance(label_ids, pa.Array) else pa.array(label_ids, pa.int64()),
+    } | ({} if groups is None else {"group": groups})
+    table = datasets.table.InMemoryTable(pa.table(columns, schema=features.arrow_schema))
+    # A fingerprint of its own, as for any new dataset: taking it from the content would pickle all of it.
+    return datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint())
+
+
+def _with_groups(source: Source, path: str, group: str) -> Source:
+    """The source with a column group in every split, by a pattern in the ids where no column names it."""
+    splits, alone, total = dict(source.splits), [], 0
+    is_column = any("group" in split.column_names for split in splits.values())
+    for name, split in splits.items():
+        ids = column_values(split, "id")
+        if "group" in split.column_names:
+            groups = column_values(split, "group")
+        else:
+            groups = [None] * len(ids) if is_column else match_groups(path, ids, group)
+            splits[name] = split.add_column("group", groups, feature=datasets.Value("string"))
+        alone += [identity for identity, value in zip(ids, groups) if value is None]
+        total += len(ids)
+    if len(alone) == total:
+        what = (
+            "has no value in any row" if is_column else "is no column of the data and matches no image's id"
+        )
+        raise RunError(
+            f"{path}: data.group={group} {what}; the {count_of(total, 'image')} are called {first_of(alone)}"
+        )
+    notices = list(source.notices)
+    if alone:
+        notices.append(
+            f"{count_of(len(alone), 'image')} in no group of data.group={group}: {first_of(alone)}"
+        )
+    return Source(source.kind, splits, source.labels, notices)
 
 
 def common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
@@ -217,7 +255,7 @@ def _from_webdataset(shards: Shards, config: DataConfig) -> Source:
         classes = {split: set(distinct_labels(index)[0]) for split, index in indices.items()}
         names = common_labels(config.path, classes)
     splits = {split: number_labels(index, names, config.path) for split, index in indices.items()}
-    return Source("webdataset", splits, names, missing_classes(splits, names))
+    return Source("webdataset", splits, names)
 
 
 def _from_parquet(shards: Shards, config: DataConfig) -> Source:
@@ -232,7 +270,8 @@ def _from_parquet(shards: Shards, config: DataConfig) -> Source:
         loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_dir() / "parquet"))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise RunError(f"{config.path}: could not be read ({error}: {error.__cause__})") from error
-    loaded = loaded.select_columns([image, label]).cast_column(image, datasets.Image())
+    group = [config.group] if config.group in loaded[next(iter(loaded))].features else []
+    loaded = loaded.select_columns([image, label, *group]).cast_column(image, datasets.Image())
     names = read_class_names(shards.root)
     if names and not isinstance(loaded[next(iter(loaded))].features[label], datasets.ClassLabel):
         loaded = loaded.cast_column(label, datasets.ClassLabel(names=names))
@@ -289,9 +328,10 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
     if isinstance(features[label], datasets.ClassLabel):
         labels = list(features[label].names)
     arranged = {
-        split: _arrange_rows(dataset, image, labels_of[split], labels) for split, dataset in splits.items()
+        split: _arrange_rows(dataset, image, labels_of[split], labels, config.group)
+        for split, dataset in splits.items()
     }
-    return Source("hub", arranged, labels, notices + missing_classes(arranged, labels))
+    return Source("hub", arranged, labels, notices)
 
 
 def _name_splits(
@@ -335,7 +375,11 @@ def _row_labels(
 
 
 def _arrange_rows(
-    dataset: datasets.Dataset, image: str, names: Sequence[str | None], labels: Sequence[str]
+    dataset: datasets.Dataset,
+    image: str,
+    names: Sequence[str | None],
+    labels: Sequence[str],
+    group: str | None,
 ) -> datasets.Dataset:
     ids = {label: number for number, label in enumerate(labels)}
     images = dataset.select_columns([image])
@@ -346,8 +390,17 @@ def _arrange_rows(
         [-1 if name is None else ids[name] for name in names],
         feature=datasets.ClassLabel(names=list(labels)),
     ).add_column("id", [str(number) for number in range(len(names))])
+    if group is not None and group in dataset.features:
+        arranged = arranged.add_column("group", _row_groups(dataset, group), feature=datasets.Value("string"))
     labelled = [number for number, name in enumerate(names) if name is not None]
     return arranged if len(labelled) == len(names) else arranged.select(labelled)
+
+
+def _row_groups(dataset: datasets.Dataset, group: str) -> list[str | None]:
+    feature, values = dataset.features[group], column_values(dataset, group)
+    if isinstance(feature, datasets.ClassLabel):
+        values = [None if value is None or value < 0 else feature.names[value] for value in values]
+    return group_names(group, values)
 
 
 def typed_column(config: DataConfig, features: Any, asked: str | None, kind: type, key: str) -> str:

@@ -13,9 +13,14 @@ import datasets
 import pyarrow as pa
 
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.checkup import leave_out_unreadable
+from vit_finetune.data.checkup import Checkup, leave_out_unreadable, raise_errors
+from vit_finetune.data.folders import first_of
+from vit_finetune.data.image_findings import find_odd_images, find_unreadable, gather_images
+from vit_finetune.data.images import UnreadableImage, decode_image
+from vit_finetune.data.readings import read_images
+from vit_finetune.data.set_findings import describe_listing
 from vit_finetune.data.shards import class_id, label_ids, number_labels
-from vit_finetune.data.sources import Source, build_dataset, common_labels, missing_classes
+from vit_finetune.data.sources import Source, build_dataset, common_labels
 from vit_finetune.data.splits import PreparedData, prepare_splits
 from vit_finetune.data.streams import READ_ROWS, Carving, Origin, Row, Stream, open_source
 from vit_finetune.data.survey import Survey, take_survey
@@ -23,8 +28,8 @@ from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
 MIXED_ROWS = 10 * READ_ROWS
-"""Rows that `datasets` mixes: those of the ten shards that it reads in turn. The larger buffer is ours: its own
-holds images twice, and no more than 2 GiB of them (Arrow's offsets)."""
+"""Rows that `datasets` mixes: those of the ten shards that it reads in turn. The larger buffer is ours: its
+own holds images twice, and no more than 2 GiB of them (Arrow's offsets)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,15 @@ class TrainStream:
         shards = shards.shard(num_shards=workers, index=worker, contiguous=False)
         return shuffled(self._training_rows(self.stream.read(shards)), self.shuffle_buffer, generator)
 
+    def _is_readable(self, row: Row) -> bool:
+        try:
+            decode_image(row.encoded)
+        except UnreadableImage as problem:
+            if not self.skips_unreadable:
+                raise refuse_unreadable(row, problem) from None
+            return False
+        return True
+
     def _training_rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
             if row.label is not None and self.carving.split_of(row.key) == "train":
@@ -86,6 +100,14 @@ class TrainStream:
         return build_dataset(
             [row.name for row in rows], images, [ids[row.label or ""] for row in rows], self.labels
         )
+
+
+def refuse_unreadable(row: Row, problem: UnreadableImage) -> RunError:
+    """What stops a stream at an image that cannot be decoded."""
+    return RunError(
+        f"{row.name}: cannot be read: {problem}. Repair or remove it, or leave out what cannot be read with "
+        f"data.on_unreadable=skip"
+    )
 
 
 def shuffled(rows: Iterator[Row], size: int, generator: Random) -> Iterator[Row]:
@@ -149,8 +171,8 @@ def prepare_stream(config: DataConfig) -> PreparedStream:
             if split == "validation":
                 raise RunError(f"{config.path}: there are no labelled images to validate on; found none")
             notices.append(f"{split} has no labelled images: left out")
-    source = Source(origin.kind, held, labels, notices + missing_classes(held, labels))
-    source, unreadable = leave_out_unreadable(source, config)
+    source = Source(origin.kind, held, labels, notices + _missing_classes(held, survey, labels))
+    checked = _check_held(source, config)
     sizes = survey.shard_sizes
     train = TrainStream(
         origin.streams["train"],
@@ -163,9 +185,36 @@ def prepare_stream(config: DataConfig) -> PreparedStream:
         config.on_unreadable == "skip",
     )
     splits = datasets.DatasetDict(
-        {split: source.splits[split] for split in ("validation", "test") if split in source.splits}
+        {split: checked.source.splits[split] for split in ("validation", "test") if split in held}
     )
-    return PreparedStream(origin.kind, splits, labels, unreadable, source.notices, train=train)
+    return PreparedStream(origin.kind, splits, labels, checked.document(config), train=train)
+
+
+def _check_held(source: Source, config: DataConfig) -> Checkup:
+    """Validation and test without what cannot be read; of the training images nothing is known yet."""
+    num_images = {split: len(dataset) for split, dataset in source.splits.items()}
+    readings = read_images(source, config)
+    images = gather_images(source, readings)
+    findings = [
+        *find_unreadable(images, config.on_unreadable == "skip"),
+        *find_odd_images(images),
+        *describe_listing(source.notices),
+    ]
+    raise_errors(findings, config)
+    source = leave_out_unreadable(source, config)
+    return Checkup(source, findings, num_images)
+
+
+def _missing_classes(held: dict[str, datasets.Dataset], survey: Survey, labels: list[str]) -> list[str]:
+    """A sentence for each split in which some class has no image."""
+    ids = label_ids(labels)
+    present = {split: set(dataset.unique("label")) for split, dataset in held.items()}
+    if survey.classes is not None:
+        present["train"] = {ids[label] for label in survey.classes}
+    absent = {
+        split: [labels[n] for n in range(len(labels)) if n not in found] for split, found in present.items()
+    }
+    return [f"{split} has no image of {first_of(names, 8)}" for split, names in absent.items() if names]
 
 
 def _shares(origin: Origin, config: DataConfig) -> dict[str, float]:

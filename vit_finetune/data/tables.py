@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from vit_finetune.data.folders import ALL, SPLIT_NAMES, Listing, count_of, first_of
-from vit_finetune.data.images import is_image_name
+from vit_finetune.data.folders import (
+    ALL,
+    SPLIT_NAMES,
+    Folder,
+    Listing,
+    count_of,
+    first_of,
+    is_image_name,
+    join,
+)
+from vit_finetune.data.groups import group_names
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -22,31 +32,36 @@ FILE_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image", 
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "fine_label", "cls")
 
 
-def find_tables(root: Path, files: Sequence[str]) -> dict[str, Path]:
+def find_tables(root: Path, folders: Sequence[Folder]) -> dict[str, Path]:
     """The metadata tables of a folder by split: at its top, or one at the top of each split's folder.
 
     The top is below folders that only wrap all others, as in most archives.
 
     Args:
         root: the folder.
-        files: sorted paths below it, as `walk_files` gives them.
+        folders: what is below it, as `walk_folders` gives it.
 
     Raises:
         RunError: several tables for one split.
     """
-    tables = [name for name in files if name.rpartition("/")[2].lower() in METADATA_NAMES]
+    tables = [(path, name) for path, names in folders for name in names if name.lower() in METADATA_NAMES]
     if not tables:
         return {}
-    depth = _wrapper_depth([name for name in files if is_image_name(name)] + tables)
+    depth = _wrapper_depth(
+        [path.split("/") for path, names in folders if any(map(is_image_name, names))]
+        + [path.split("/") for path, _ in tables]
+    )
     found: dict[str, Path] = {}
-    for name in tables:
-        folders = name.split("/")[depth:-1]
-        split = SPLIT_NAMES.get(folders[0].lower()) if folders else ALL
-        if split is None or len(folders) > 1:
+    for path, name in tables:
+        above = path.split("/")[depth:] if path else []
+        split = SPLIT_NAMES.get(above[0].lower()) if above else ALL
+        if split is None or len(above) > 1:
             continue
         if split in found:
-            raise RunError(f"{root}: found both {found[split].name} and {name}; expected one metadata table")
-        found[split] = root / name
+            raise RunError(
+                f"{root}: found both {found[split].name} and {join(path, name)}; expected one metadata table"
+            )
+        found[split] = root / path / name
     if ALL in found and len(found) > 1:
         raise RunError(
             f"{root}: found metadata tables at the top and in split folders; expected one or the other"
@@ -54,51 +69,74 @@ def find_tables(root: Path, files: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _wrapper_depth(files: Sequence[str]) -> int:
-    """How many folders all files have in common, not counting from a split's folder on."""
+def _wrapper_depth(folders: Sequence[list[str]]) -> int:
+    """How many folders all paths have in common, not counting from a split's folder on."""
     depth = 0
     # What the first and the last in sorted order have in common, all have.
-    for one, other in zip(min(files).split("/")[:-1], max(files).split("/")[:-1]):
+    for one, other in zip(min(folders), max(folders)):
         if one != other or one.lower() in SPLIT_NAMES:
             break
         depth += 1
     return depth
 
 
+class Row(NamedTuple):
+    """What a table says about one image."""
+
+    id: str
+    label: str
+    group: str | None
+    split: str | None
+    """None where the table names none."""
+
+
 def list_tables(
-    root: Path, tables: dict[str, Path], config: DataConfig, files: Iterable[str] = ()
+    root: Path, tables: dict[str, Path], config: DataConfig, folders: Iterable[Folder] = ()
 ) -> Listing:
-    """Splits and classes of the images that tables name.
+    """Splits, classes and groups of the images that tables name.
 
     Args:
         root: the folder that ids are counted from.
         tables: by split; names in them are taken below their own folder.
         config: which columns to use.
-        files: paths below root; images among them that no table names are mentioned.
+        folders: what is below root; images there that no table names are mentioned.
 
     Raises:
         RunError: an unreadable table, unknown columns, a row without name or label or with several labels, a
             file that is not there, lies outside or is named twice.
     """
-    listing = Listing({})
+    splits: dict[str, list[Row]] = {}
     seen: set[str] = set()
+    grouped = False
     for split, path in tables.items():
-        for identity, label, named_split in _list_rows(root, path, config):
-            if identity in seen:
-                raise RunError(f"{path}: {identity} is listed twice; expected each image in one row only")
-            seen.add(identity)
-            listing.splits.setdefault(named_split or split, []).append((identity, label))
-    if ALL in listing.splits and len(listing.splits) > 1:
+        rows, has_groups = _list_rows(root, path, config)
+        grouped |= has_groups
+        for row in rows:
+            if row.id in seen:
+                raise RunError(f"{path}: {row.id} is listed twice; expected each image in one row only")
+            seen.add(row.id)
+            splits.setdefault(row.split or split, []).append(row)
+    if ALL in splits and len(splits) > 1:
         raise RunError(f"{root}: some rows of the table name a split and some do not; expected all or none")
-    unnamed = [name for name in files if is_image_name(name) and name not in seen]
+    listing = Listing({split: _build_rows(rows, grouped) for split, rows in splits.items()})
+    names = (join(path, name) for path, names in folders for name in names if is_image_name(name))
+    unnamed = sorted(name for name in names if name not in seen)
     if unnamed:
         images = count_of(len(unnamed), "image")
         listing.notices.append(f"{images} that the metadata does not name left out: {first_of(unnamed)}")
     return listing
 
 
-def _list_rows(root: Path, path: Path, config: DataConfig) -> list[tuple[str, str, str | None]]:
-    """Id, label and split (None where the table names none) of each row."""
+def _build_rows(rows: Sequence[Row], grouped: bool) -> pa.Table:
+    columns = {"id": [row.id for row in rows], "label": [row.label for row in rows]}
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    if grouped:
+        table = table.append_column("group", pa.array([row.group for row in rows], pa.string()))
+    return table
+
+
+def _list_rows(root: Path, path: Path, config: DataConfig) -> tuple[list[Row], bool]:
+    """The rows of a table, and whether it has a column that names the groups."""
     rows = _read_table(path)
     if not rows:
         raise RunError(f"{path}: the table has no rows")
@@ -106,10 +144,13 @@ def _list_rows(root: Path, path: Path, config: DataConfig) -> list[tuple[str, st
     file_column = find_column(path, columns, config.image_column, FILE_COLUMNS, "data.image_column")
     label_column = find_column(path, columns, config.label_column, LABEL_COLUMNS, "data.label_column")
     split_column = next((column for column in columns if column.lower() == "split"), "")
+    groups: list[str | None] = [None] * len(rows)
+    if config.group in columns:
+        groups = group_names(f"{path}: {config.group}", [row.get(config.group) for row in rows])
     prefix = path.parent.relative_to(root).as_posix()
     listed = []
     missing: list[str] = []
-    for number, row in enumerate(rows, start=1):
+    for number, (row, group) in enumerate(zip(rows, groups), start=1):
         where = f"{path}: row {number}"
         name, label = row.get(file_column), row.get(label_column)
         if name is None or name == "" or label is None or label == "":
@@ -121,15 +162,15 @@ def _list_rows(root: Path, path: Path, config: DataConfig) -> list[tuple[str, st
         identity = PurePosixPath(prefix, name)
         if identity.is_absolute() or ".." in identity.parts:
             raise RunError(f"{where} names {name!r}, which lies outside {path.parent}")
-        if not (root / identity).is_file():
+        if not os.path.isfile(f"{root}/{identity}"):  # noqa: PTH113 - a Path for each row takes most of the time
             missing.append(name)
-        listed.append((str(identity), str(label), _split_of(where, row.get(split_column))))
+        listed.append(Row(str(identity), str(label), group, _split_of(where, row.get(split_column))))
     if missing:
         raise RunError(
             f"{path}: {len(missing):,} of {len(rows):,} files that it names are not there: "
             f"{first_of(missing, 5)}. Names are taken below {path.parent}"
         )
-    return listed
+    return listed, config.group in columns
 
 
 def _split_of(where: str, value: Any) -> str | None:

@@ -5,9 +5,13 @@ Images travel as uint8 until they are on the device; there the image processor's
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import torch
@@ -18,7 +22,8 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import pil_torch_interpolation_mapping
 
 from vit_finetune.data.augmentation import Augmentation, generator_of
-from vit_finetune.data.images import decode_image
+from vit_finetune.data.cache import PixelCache, cached_edge, shrink
+from vit_finetune.data.images import EncodedImage
 from vit_finetune.data.sources import column_values
 from vit_finetune.data.webdataset import read_encoded
 from vit_finetune.recipe import AugmentationConfig
@@ -33,6 +38,27 @@ class TrainingIndex(NamedTuple):
 
     epoch: int
     row: int
+
+
+class Picture(Protocol):
+    """An image of a split before it is decoded."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The original's height and width in pixels."""
+
+    def decode(self, shrink: int = 1) -> torch.Tensor:
+        """The pixels, uint8 `(3, height, width)`, perhaps smaller, but by no more than `shrink` asks for or
+        the cache states."""
+
+
+class Pictures(Protocol):
+    """The images of a split, in its order."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Picture:
+        """One image."""
 
 
 class ImageFiles(Dataset[torch.Tensor]):
@@ -51,9 +77,13 @@ class ImageFiles(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def open(self, index: int) -> EncodedImage:
+        """One image, read but not decoded."""
         row = self.rows[index] if self.rows is not None else self.images[index]["image"]
-        return decode_image(read_encoded(row))
+        return EncodedImage(read_encoded(row))
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.open(index).decode()
 
 
 class EvaluationImages(Dataset[dict[str, Any]]):
@@ -89,6 +119,9 @@ class TrainingImages(Dataset[dict[str, Any]]):
         seed: of all augmentation.
     """
 
+    pictures: Pictures
+    """Where the pixels come from: the files, until `data.cache` takes their place."""
+
     def __init__(
         self,
         split: datasets.Dataset,
@@ -97,6 +130,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
         seed: int,
     ) -> None:
         self.files, self.labels, self.seed = ImageFiles(split), column_values(split, "label"), seed
+        self.pictures, self.processor = self.files, image_processor
         self.augment = build_augmentation(config, image_processor)
 
     def __len__(self) -> int:
@@ -104,12 +138,55 @@ class TrainingImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: TrainingIndex) -> dict[str, Any]:
         epoch, index = key
-        image = self.augment(self.files[index], generator_of(self.seed, epoch, index))
+        generator = generator_of(self.seed, epoch, index)
+        picture = self.pictures.open(index)
+        if self.is_cached and self.augment.config.crop_scale is None:
+            image = self.augment(picture.decode(), generator)  # kept as evaluation sees it
+        else:
+            image = read_varied(picture, self.augment, generator)
         return {"pixel_values": image, "labels": self.labels[index]}
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether pixels come from a cache."""
+        return self.pictures is not self.files
+
+    def read_from_cache(self, folder: Path, digests: Sequence[str]) -> None:
+        """Takes pixels from a cache from now on; fills it first where images are missing.
+
+        With random crops images are kept at `cached_edge`, else as evaluation sees them, exactly.
+
+        Args:
+            folder: where caches lie.
+            digests: content hash of each image.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        self.pictures = self._cache(folder).images(self.files.open, digests)
+
+    def _cache(self, folder: Path) -> PixelCache:
+        if self.augment.config.crop_scale is not None:
+            edge = cached_edge(self.augment.size)
+            return PixelCache(folder, f"shortest-edge-{edge}", partial(shrink, edge=edge))
+        settings = repr(sorted(self.processor.to_dict().items())).encode()
+        name = f"evaluation-{hashlib.blake2b(settings, digest_size=8).hexdigest()}"
+        return PixelCache(folder, name, lambda picture: self.augment.resize(picture.decode()))
 
     def unaugmented(self, index: int) -> torch.Tensor:
         """An image as evaluation sees it: uint8 `(3, height, width)`."""
         return self.augment.resize(self.files[index])
+
+
+def read_varied(picture: Picture, augment: Augmentation, generator: Random) -> torch.Tensor:
+    """One image as training sees it, uint8 `(3, height, width)`; decoded to no more pixels than needed.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    crop = augment.draw_crop(picture.size, generator)
+    image = picture.decode(crop.shrink_for(augment.size) if crop else 1)
+    return augment(augment.fit(image, crop and crop.on(image.shape[-2:], picture.size)), generator)
 
 
 def build_augmentation(config: AugmentationConfig, image_processor: BaseImageProcessor) -> Augmentation:
@@ -148,6 +225,12 @@ class EpochSampler(Sampler[TrainingIndex]):
         generator = torch.Generator().manual_seed(generator_of(self.seed, self.epoch, -1).getrandbits(63))
         for index in torch.randperm(self.size, generator=generator).tolist():
             yield TrainingIndex(self.epoch, index)
+
+
+def cores_here() -> int:
+    """Cores for each process of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_image_processor(image_processor: Any) -> None:

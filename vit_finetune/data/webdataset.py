@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 
 from vit_finetune.data.archives import cache_dir
-from vit_finetune.data.images import is_image_name
+from vit_finetune.data.folders import is_image_name
 from vit_finetune.data.tables import LABEL_COLUMNS
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError, written_whole

@@ -25,7 +25,7 @@ from vit_finetune.data.folders import ALL
 from vit_finetune.data.sources import column_values, load_source, with_labels
 from vit_finetune.data.splits import fingerprint
 from vit_finetune.data.streaming import prepare_data
-from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, normalize
+from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
 from vit_finetune.evaluation.metrics import (
     build_metrics,
     calibration_bins,
@@ -88,8 +88,10 @@ def score(
         config: the recipe's section.
     """
     images = EvaluationImages(split, image_processor)
+    # On a CPU loader processes would take the cores that compute.
+    workers = 0 if model.device.type == "cpu" else min(8, max(1, cores_here() - 1))
     probabilities = predict_probabilities(
-        model, image_processor, images, config.batch_size, f"scoring {name}"
+        model, image_processor, images, config.batch_size, f"scoring {name}", workers
     )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     ids, labels = column_values(split, "id"), np.asarray(images.labels)
@@ -103,17 +105,28 @@ def predict_probabilities(
     images: Dataset[dict[str, Any]],
     batch_size: int,
     description: str,
+    num_workers: int = 0,
 ) -> np.ndarray:
     """Class probabilities, float32 `(images, classes)`, in the order of the images.
 
     Under a launcher every process computes a share and all get the whole.
+
+    Args:
+        model: on the device to compute on.
+        image_processor: the model's.
+        images: items with `pixel_values`, as `EvaluationImages` has them.
+        batch_size: images per step.
+        description: what the progress bar says.
+        num_workers: loader processes.
     """
     rank, world = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     total = len(images)  # type: ignore[arg-type]
     share = range(rank, total, world)
-    loader = DataLoader(Subset(images, share), batch_size=batch_size, collate_fn=collate)
+    loader = DataLoader(
+        Subset(images, share), batch_size=batch_size, collate_fn=collate, num_workers=num_workers
+    )
     mine: list[np.ndarray] = []
     with scoring_mode(model), progress(description, len(share), "images") as advance:
         for batch in loader:
@@ -253,9 +266,13 @@ def evaluate(
         splits = prepare_data(own).splits
         _check_same_images(run, splits, split)
     else:
-        other = own.model_copy(update={"path": data}) if own else DataConfig(path=data)
-        source, _ = leave_out_unreadable(load_source(other), other)
-        splits = source.splits
+        # Groups decide what is carved apart, and what the run's recipe excludes are images of its own data.
+        other = (
+            own.model_copy(update={"path": data, "group": None, "exclude": None})
+            if own
+            else DataConfig(path=data)
+        )
+        splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
     if split not in splits:
         raise RunError(f"{data or target}: there is no split {split!r}; found {', '.join(splits)}")

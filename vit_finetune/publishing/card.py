@@ -34,11 +34,11 @@ from vit_finetune.publishing.redaction import (
     values_without_paths,
     without_paths,
 )
-from vit_finetune.run import Report, Run, write_text
+from vit_finetune.run import TOLD, Finding, Report, Run, write_text
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-MOST_UNREADABLE = 20
-"""Images left out that the card names; of more, it gives the number."""
+MOST_NAMED = 5
+"""Images that the card names of each finding; their number stands in its sentence."""
 
 
 def write_card(run: Run) -> Path:
@@ -93,8 +93,14 @@ def build_card(run: Run) -> str:
         usage=fenced(_usage(record), "python"),
         recipe=fenced(own, "yaml") if record.own_recipe else None,
         command=fenced(without_paths(str(record.provenance.get("command") or "")), "bash"),
-        unreadable_shown=MOST_UNREADABLE,
+        findings=_warnings(record),
     )
+
+
+def _warnings(record: Record) -> list[Finding]:
+    """What readers of a card should know about the data: warnings, and what was left out."""
+    told = [f for f in record.findings or [] if f.severity != "note" or f.kind in TOLD]
+    return [finding.shortened(MOST_NAMED) for finding in told]
 
 
 def _finalize(value: Any) -> Any:

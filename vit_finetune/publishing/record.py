@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from vit_finetune.run import Report, Run
+from vit_finetune.run import Finding, Findings, Report, Run
 
 FEW_IMAGES = 30
 """Below this many images the 95% interval of a recall is wider than about 0.2 almost everywhere."""
@@ -30,6 +30,8 @@ class Record:
     """The Trainer's log, in the order of the steps."""
     validation: Report | None
     test: Report | None
+    findings: list[Finding] | None
+    """What the checkup saw in the data, gravest first; None where it was not looked at."""
 
     @property
     def headline(self) -> Report | None:
@@ -89,6 +91,7 @@ def load_record(run: Run) -> Record:
         history=_load_json(run.history) or [],
         validation=loaded["validation"],
         test=loaded["test"],
+        findings=Findings.load(run.findings).findings if run.findings.is_file() else None,
     )
 
 

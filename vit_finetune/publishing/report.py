@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
 
 from vit_finetune.publishing import charts
+from vit_finetune.publishing.picture import Picture, build_picture
 from vit_finetune.publishing.record import (
     Record,
     bin_count,
@@ -34,22 +31,6 @@ from vit_finetune.run import Mistake, Report, Run, write_text
 TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_BARS = 20
 """With more classes, the bars show only this many: the worst."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture to stand inside a page."""
-
-    uri: str
-    """`data:image/…;base64,…`"""
-    width: int
-    height: int
-    """Pixels."""
-
-    @property
-    def is_tiny(self) -> bool:
-        """Whether enlarging should show its pixels rather than blur them."""
-        return max(self.width, self.height) <= 64
 
 
 def write_report(run: Run) -> Path:
@@ -143,9 +124,6 @@ def _mistake_picture(run: Run, mistake: Mistake) -> Picture | None:
 def _picture(path: Path) -> Picture | None:
     """The picture in a file; None where there is none that a browser could show."""
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP", "GIF")) as image:
-            kind, (width, height) = image.get_format_mimetype(), image.size
-    except (OSError, UnidentifiedImageError):
+        return build_picture(path.read_bytes())
+    except OSError:
         return None
-    return Picture(f"data:{kind};base64,{base64.b64encode(content).decode()}", width, height)

@@ -1,4 +1,4 @@
-"""Precision, attention kernel, loader processes and batch size: chosen for this machine, with the reason."""
+"""Precision, attention kernel and batch size: chosen for this machine, with the reason."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ MEMORY_SHARE = 0.7
 """Share of the free memory that an automatic batch size may fill by estimate."""
 LARGEST_AUTOMATIC_BATCH = 128
 """Beyond it, throughput gains little and the learning rate would have to follow."""
+
+
+STEP_SECONDS = 0.5
+"""How long a training step is measured for, beside warming up."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,20 @@ class Hardware:
     bf16: bool
     fp16: bool
     attn_implementation: str
-    num_workers: int
     batch_size: int
     """Images per device and step."""
     choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """What the model trains on."""
+        accelerator = None if self.use_cpu else torch.accelerator.current_accelerator()
+        return accelerator or torch.device("cpu")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that matrix products are computed in; None for float32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
 
 def choose_hardware(
@@ -76,18 +91,14 @@ def choose_hardware(
             }
         )
         config = config.model_copy(update={"attn_implementation": chosen["attention"]})
-    bf16, fp16, precision = _choose_precision(training, model, use_cpu)
+    bf16, fp16, precision = _choose_precision(training, config, model, use_cpu)
     attention = _choose_attention(config, model, use_cpu, bf16)
-    workers = _choose_workers(training, use_cpu)
     batch = _choose_batch(training, model, use_cpu)
-    return Hardware(
-        use_cpu, bf16, fp16, attention.value, int(workers.value), int(batch.value),
-        [precision, attention, workers, batch],
-    )  # fmt: skip
+    return Hardware(use_cpu, bf16, fp16, attention.value, int(batch.value), [precision, attention, batch])
 
 
 def _choose_precision(
-    training: TrainingConfig, model: PreTrainedModel, use_cpu: bool
+    training: TrainingConfig, config: ModelConfig, model: PreTrainedModel, use_cpu: bool
 ) -> tuple[bool, bool, Choice]:
     if training.bf16 is True and training.fp16 is True:
         raise RunError("training.bf16 and training.fp16 are both true; write one of them")
@@ -98,18 +109,10 @@ def _choose_precision(
         # fp16 is only ever chosen for GPUs without bf16, where it is what `auto` falls back on.
         return False, False, Choice("precision", "fp32", "the recipe says so")
     if use_cpu:
-        width = getattr(model.config, "hidden_size", None) or 256
-        ratio = bf16_speedup(int(width))
-        chosen = ratio > 1.2
-        return (
-            chosen,
-            False,
-            Choice(
-                "precision",
-                "bf16" if chosen else "fp32",
-                f"bf16 runs this model's matrix products at {ratio:.1f} times the fp32 speed on this CPU",
-            ),
-        )
+        ratio = bf16_speedup(model, config, training.per_device_train_batch_size)
+        name = "bf16" if ratio > 1.1 else "fp32"
+        reason = f"a training step of this model in bf16 has {ratio:.1f} times the fp32 speed on this CPU"
+        return name == "bf16", False, Choice("precision", name, reason)
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return True, False, Choice("precision", "bf16", f"{torch.cuda.get_device_name()} computes in bf16")
     if torch.cuda.is_available() and training.fp16 == "auto":
@@ -121,22 +124,66 @@ def _choose_precision(
     )
 
 
-def bf16_speedup(width: int) -> float:
-    """Speed of this CPU's bf16 matrix products by that of its fp32 ones, on an MLP's shape (about 50 ms)."""
+def bf16_speedup(model: PreTrainedModel, config: ModelConfig, batch_size: int | str) -> float:
+    """Speed of a training step on this CPU in bf16 by that in fp32, each with the attention it would have.
 
-    def best_seconds(dtype: torch.dtype) -> float:
-        inputs, weight = torch.randn(1024, width).to(dtype), torch.randn(4 * width, width).to(dtype)
-        times = []
-        for _ in range(4):  # the first warms up, the best of the others counts
-            start = time.perf_counter()
-            torch.nn.functional.linear(inputs, weight)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+    Takes about a second, a few with large models. Neither the weights nor any random state is changed.
 
-    state = torch.get_rng_state()  # asking the machine must not change what is trained
-    ratio = best_seconds(torch.float32) / best_seconds(torch.bfloat16)
-    torch.set_rng_state(state)
-    return ratio
+    Args:
+        model: what will be trained.
+        config: the recipe's section.
+        batch_size: images for each step, or `auto`.
+    """
+    seconds = {}
+    for bf16 in (False, True):
+        model.set_attn_implementation(_choose_attention(config, model, True, bf16).value)
+        largest = batch_size if isinstance(batch_size, int) else LARGEST_AUTOMATIC_BATCH
+        seconds[bf16] = measure_step(model, torch.device("cpu"), torch.bfloat16 if bf16 else None, largest)
+    return seconds[False] / seconds[True]
+
+
+def measure_step(
+    model: PreTrainedModel, device: torch.device, autocast: torch.dtype | None, batch_size: int
+) -> float:
+    """Seconds an image of forward and backward; neither weights nor any random state is changed.
+
+    Args:
+        model: is moved to the device.
+        device: to compute on.
+        autocast: bfloat16, float16 or None for float32.
+        batch_size: most images at a time; fewer where they would take more than `STEP_SECONDS`.
+    """
+    model.to(device)
+    was_training = model.training
+    model.eval()  # so that batch norms learn nothing from it
+    precision = torch.autocast(device.type, autocast) if autocast else nullcontext()
+
+    def step(count: int) -> float:
+        pixels = torch.zeros(count, model.config.num_channels, *image_size_of(model), device=device)
+        _synchronize(device)
+        start = time.perf_counter()
+        with precision:
+            loss = model(pixel_values=pixels).logits.float().square().mean()
+        loss.backward()
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
+        step(2)
+        # A large model on a CPU takes seconds for a batch: then a smaller one has to do.
+        each = step(2) / 2
+        count = max(2, min(batch_size, int(STEP_SECONDS / each)))
+        if count > 2:
+            step(count)
+            each = min(step(count), step(count)) / count
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return each
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _choose_attention(config: ModelConfig, model: PreTrainedModel, use_cpu: bool, bf16: bool) -> Choice:
@@ -149,17 +196,6 @@ def _choose_attention(config: ModelConfig, model: PreTrainedModel, use_cpu: bool
             "attention", "eager", "on CPUs in bf16 plain matrix products are faster than the fused kernel"
         )
     return Choice("attention", "sdpa", "the fused kernel")
-
-
-def _choose_workers(training: TrainingConfig, use_cpu: bool) -> Choice:
-    if training.dataloader_num_workers != "auto":
-        return Choice("loader processes", str(training.dataloader_num_workers), "the recipe says so")
-    if use_cpu:
-        return Choice("loader processes", "0", "they would take the cores that compute")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = max(1, min(8, cores // here - 1))
-    return Choice("loader processes", str(count), f"{cores} cores for {here} processes on this machine")
 
 
 def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: bool) -> Choice:

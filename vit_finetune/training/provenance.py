@@ -16,6 +16,7 @@ from vit_finetune.model.loading import describe_model
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import RunError
 from vit_finetune.training.hardware import Hardware, describe_hardware, peak_memory
+from vit_finetune.training.loading import Loading, describe_waiting
 from vit_finetune.training.trainer import ViTTrainer
 
 PACKAGES = [
@@ -79,14 +80,31 @@ def describe_start(
 
 
 def describe_training(
-    trainer: ViTTrainer, metrics: dict[str, float], hardware: Hardware, before: dict[str, Any] | None
+    trainer: ViTTrainer,
+    metrics: dict[str, float],
+    hardware: Hardware,
+    loading: Loading,
+    before: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What is known after the last step: seconds, images per second (whole loop), bytes, best checkpoint."""
+    """What is known after the last step: seconds, images per second (whole loop), bytes, best checkpoint.
+
+    Args:
+        trainer: after training.
+        metrics: that it answered.
+        hardware: what was chosen for the machine.
+        loading: likewise.
+        before: provenance of the run that was resumed.
+    """
+    seconds = trainer.seconds | {"total": metrics["train_runtime"]}
+    images = trainer.seen_images
     state = trainer.state
     chosen = trainer.args.load_best_model_at_end  # else the last weights are kept, whatever scored best
     return {
         "train_seconds": round(metrics["train_runtime"] + (before or {}).get("train_seconds", 0.0), 2),
         "images_per_second": round(metrics["train_samples_per_second"], 2),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "speeds": asdict(loading.speeds),
+        "verdict": describe_waiting(loading, images, seconds, hardware.use_cpu),
         "peak_memory_bytes": peak_memory(hardware.use_cpu),
         "steps": state.global_step,
         "best_step": state.best_global_step if chosen else None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from vit_finetune.model.loading import restore_weights
 from vit_finetune.recipe import TrainingConfig
 from vit_finetune.run import RunError
 from vit_finetune.training.hardware import Hardware
+from vit_finetune.training.loading import Loading
 from vit_finetune.training.optim import build_parameter_groups
 
 
@@ -33,13 +36,14 @@ class ViTTrainingArguments(TrainingArguments):
 
 
 def build_arguments(
-    training: TrainingConfig, hardware: Hardware, output_dir: Path, eval_batch_size: int
+    training: TrainingConfig, hardware: Hardware, loading: Loading, output_dir: Path, eval_batch_size: int
 ) -> ViTTrainingArguments:
     """The Trainer's arguments of a recipe, on this machine.
 
     Args:
         training: the recipe's section.
         hardware: what was chosen for what the section leaves `auto`.
+        loading: likewise, for the loader.
         output_dir: where checkpoints go.
         eval_batch_size: images per device and step of evaluation.
 
@@ -52,18 +56,16 @@ def build_arguments(
         "use_cpu": hardware.use_cpu,
         "bf16": hardware.bf16,
         "fp16": hardware.fp16,
-        "dataloader_num_workers": hardware.num_workers,
+        "dataloader_num_workers": loading.num_workers,
+        "dataloader_prefetch_factor": loading.prefetch_factor,
+        "dataloader_pin_memory": loading.pin_memory,
+        "dataloader_persistent_workers": loading.num_workers > 0,
         "per_device_train_batch_size": hardware.batch_size,
         "per_device_eval_batch_size": eval_batch_size,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,  # our own bar shows loss and images/s
     }
-    # A resolved recipe sets every field, so these follow the machine, not whether they were written.
-    values["dataloader_pin_memory"] = (
-        getattr(training, "dataloader_pin_memory", True) and not hardware.use_cpu
-    )
-    values["dataloader_persistent_workers"] = hardware.num_workers > 0
     # The Trainer's new name for it; the old one warns.
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in values:
@@ -114,8 +116,43 @@ class ViTTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.image_processor = image_processor
+        self.seen_images = 0
+        self.seconds = {"images": 0.0, "evaluation": 0.0, "checkpoints": 0.0}
         # The loss below is a sum over the accumulated batch's images by their number.
         self.loss_is_scaled_for_ga = True
+
+    # -- where the time goes
+
+    seconds: dict[str, float]
+    """Seconds that this process spent waiting for `images`, in `evaluation` and writing `checkpoints`."""
+
+    seen_images: int
+    """Images that this process trained on, each epoch's counted again."""
+
+    @contextmanager
+    def _clocked(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, clocked: the next batches of a step."""
+        with self._clocked("images"):
+            batches, count = super().get_batch_samples(*args, **kwargs)
+        self.seen_images += sum(count_images(batch["labels"]) for batch in batches)
+        return batches, count
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's, clocked.
+
+        Its loader draws from torch's generator, which dropout shares, and in a resumed run not at the same
+        times: what it draws is put back.
+        """
+        with self._clocked("evaluation"), torch.random.fork_rng(devices=[]):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            return metrics
 
     # -- data
 
@@ -148,16 +185,6 @@ class ViTTrainer(Trainer):
         if inputs["pixel_values"].dtype == torch.uint8:
             inputs = {**inputs, "pixel_values": normalize(inputs["pixel_values"], self.image_processor)}
         return inputs
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The scores of the validation images by name.
-
-        Its loader draws from torch's generator, which dropout shares, and in a resumed run not at the same
-        times: what it draws is put back.
-        """
-        with torch.random.fork_rng(devices=[]):
-            scores: dict[str, float] = super().evaluate(*args, **kwargs)
-        return scores
 
     # -- loss
 
@@ -217,7 +244,8 @@ class ViTTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with self._clocked("checkpoints"):
+                super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is worse than none

@@ -1,0 +1,55 @@
+"""Small pictures of images, to be looked at by people."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterable
+
+import datasets
+import torch
+
+from vit_finetune.data.images import decode_image
+from vit_finetune.data.readings import shrink
+from vit_finetune.data.sources import Source, column_values
+from vit_finetune.data.webdataset import read_encoded
+from vit_finetune.run import FoundImage
+
+SIDE = 128
+"""Pixels of a picture's longer side at most."""
+
+
+def load_pictures(source: Source, images: Iterable[FoundImage]) -> dict[tuple[str, str], bytes]:
+    """Pictures by split and id, as JPEG, or PNG where small; images that are not in the source have none.
+
+    Args:
+        source: only with images that can be decoded.
+        images: which.
+    """
+    wanted = defaultdict(set)
+    for image in images:
+        wanted[image.split].add(image.id)
+    pictures = {}
+    for split, dataset in source.splits.items():
+        for row, identity in enumerate(column_values(dataset, "id") if wanted[split] else []):
+            if identity in wanted[split]:
+                pictures[split, identity] = _draw(open_image(dataset, row))
+    return pictures
+
+
+def open_image(dataset: datasets.Dataset, row: int) -> torch.Tensor:
+    """The pixels of one image, uint8 `(3, height, width)`, upright.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    stored = dataset.select_columns(["image"]).with_format("arrow")[row]["image"][0].as_py()
+    return decode_image(read_encoded(stored))
+
+
+def _draw(pixels: torch.Tensor) -> bytes:
+    image = shrink(pixels, 2 * SIDE)
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if max(image.size) <= SIDE // 2 else "JPEG", quality=85)
+    return buffer.getvalue()
