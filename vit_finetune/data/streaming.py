@@ -86,12 +86,12 @@ class TrainStream:
                 yield row
 
     def head(self, count: int) -> datasets.Dataset:
-        """The first training images, held: columns id, image and label."""
-        rows = list(
-            islice(
-                (r for r in self.stream.read() if r.label and self.carving.split_of(r.key) == "train"), count
-            )
-        )
+        """The first training images that can be read, held: columns id, image and label.
+
+        Raises:
+            RunError: one cannot be read, and is not to be skipped.
+        """
+        rows = list(islice(filter(self._is_readable, self._training_rows(self.stream.read())), count))
         images = pa.StructArray.from_arrays(
             [pa.array([row.encoded for row in rows], pa.binary()), pa.nulls(len(rows), pa.string())],
             names=["bytes", "path"],
