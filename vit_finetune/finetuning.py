@@ -19,11 +19,13 @@ from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_findings, show_table, warn, warn_of_findings
+from vit_finetune.data.batches import count_batches
 from vit_finetune.data.checkup import Checkup, check_up, explain_errors
 from vit_finetune.data.pictures import load_pictures
 from vit_finetune.data.sources import Source, column_values, load_source
 from vit_finetune.data.split_files import save_splits
 from vit_finetune.data.splits import PreparedData, prepare_splits
+from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream
 from vit_finetune.data.transforms import (
     EvaluationImages,
     TrainingImages,
@@ -45,6 +47,7 @@ from vit_finetune.training.hardware import (
     choose_hardware,
     estimate_memory,
 )
+from vit_finetune.training.images import add_unreadable, build_batches, first_images, keep_workers
 from vit_finetune.training.loading import Loading, choose_loading
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
@@ -70,22 +73,23 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         return run
     with _quiet_libraries(), _world(recipe) as state:
         with state.main_process_first():
-            data = prepare_splits(recipe.data)
+            data = prepare_data(recipe.data)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model, before)
         model.set_attn_implementation(hardware.attn_implementation)
-        train = TrainingImages(
-            data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
-        )
-        loading = _choose_loading(recipe, train, model, hardware, before)
+        train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
+        loading = _choose_loading(recipe, data, train, model, hardware, before)
         _show_plan(recipe, data, model, hardware, state.num_processes)
         warn_of_findings(data.findings.findings)
         if loading.cache:
             train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
         arguments = build_arguments(
             recipe.training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size
+        )
+        batches = build_batches(
+            data, image_processor, recipe.augmentation, recipe.training, hardware, loading, before
         )
         provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
         if state.is_main_process:
@@ -97,7 +101,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             model,
             image_processor,
             arguments,
-            train,
+            batches or train,
             EvaluationImages(data.splits["validation"], image_processor),
             compute_metrics=_validation_metrics,
             callbacks=[stop, display],
@@ -108,6 +112,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             stop.stop_listening()
             display.bar.stop()  # also where training failed, or the bar would be drawn below the error
         provenance |= describe_training(trainer, result.metrics, hardware, loading, before)
+        add_unreadable(provenance, batches, before)
         if stop.interrupted:
             if state.is_main_process:
                 write_json(run.provenance, provenance)
@@ -145,20 +150,23 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     folder = Path(output or f"{recipe.output_dir}-checkup").expanduser()
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with _quiet_libraries(), _world(recipe) as state:
-        source = load_source(recipe.data)
-        checkup = check_up(source, recipe.data)
-        found = _show_checkup(recipe, source, checkup, folder)
-        if "stops" in found:
-            return found
-        data = prepare_splits(recipe.data, checkup)
-        warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
+        if recipe.data.streaming:
+            data: PreparedData = prepare_stream(recipe.data)
+            found: dict[str, Any] = {}
+            warn_of_findings(data.findings.findings)
+        else:
+            source = load_source(recipe.data)
+            checkup = check_up(source, recipe.data)
+            found = _show_checkup(recipe, source, checkup, folder)
+            if "stops" in found:
+                return found
+            data = prepare_splits(recipe.data, checkup)
+            warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = choose_hardware(recipe.training, recipe.model, model)
-        train = TrainingImages(
-            data.splits["train"], image_processor, recipe.augmentation, recipe.training.seed
-        )
-        _choose_loading(recipe, train, model, hardware, None)
+        train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
+        _choose_loading(recipe, data, train, model, hardware, None)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
         facts = found | _show_plan(recipe, data, model, hardware, state.num_processes)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
@@ -194,13 +202,19 @@ def _world(recipe: Recipe) -> Iterator[PartialState]:
 
 def _choose_loading(
     recipe: Recipe,
+    data: PreparedData,
     train: TrainingImages,
     model: PreTrainedModel,
     hardware: Hardware,
     before: dict[str, Any] | None,
 ) -> Loading:
     """How images are loaded, the same in every process; its choices join the machine's."""
-    loading = choose_loading(recipe.training, recipe.data.cache, train, model, hardware, before)
+    training, cache = recipe.training, recipe.data.cache
+    if isinstance(data, PreparedStream):
+        cache = "off"
+        if before:  # who reads a stream decides its order
+            training = keep_workers(training, before)
+    loading = choose_loading(training, cache, train, model, hardware, before)
     shared: list[Loading] = broadcast_object_list([loading])  # each process measured, the main one decides
     hardware.choices += shared[0].choices
     return shared[0]
@@ -257,19 +271,25 @@ def _show_plan(
     recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, processes: int
 ) -> dict[str, Any]:
     """Says what is about to be done, and answers it as facts by name."""
-    counts = {name: len(split) for name, split in data.splits.items()}
+    counts: dict[str, int | None] = {name: len(split) for name, split in data.splits.items()}
     facts = describe_model(model)
     per_step = processes * hardware.batch_size * _accumulation(recipe)
-    batches = -(-counts["train"] // (processes * hardware.batch_size))
-    steps_per_epoch = max(1, -(-batches // _accumulation(recipe)))
     epochs, steps = recipe.training.num_train_epochs, int(getattr(recipe.training, "max_steps", -1))
+    if isinstance(data, PreparedStream):
+        counts = {"train": data.train.num_images} | counts
+        batches = count_batches(data.train, hardware.batch_size, processes) or steps * _accumulation(recipe)
+    else:
+        batches = -(-len(data.splits["train"]) // (processes * hardware.batch_size))
+    steps_per_epoch = max(1, -(-batches // _accumulation(recipe)))
     if steps <= 0:
         steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
     fixed, each = estimate_memory(model)
     memory = fixed + each * hardware.batch_size
     say(
         f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
-        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        + ", ".join(
+            f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
+        )
     )
     size = "×".join(map(str, facts["image_size"]))
     tokens = f", {facts['tokens']} tokens" if "tokens" in facts else ""

@@ -25,7 +25,8 @@ class DataConfig(Section):
     """Section `data:`: where the images are and how they are split."""
 
     path: str
-    """A folder, an archive (.zip, .tar…), a table (.csv, .jsonl, .parquet), a Hub dataset, or `digits`."""
+    """A folder, an archive (.zip, .tar…), a table (.csv, .jsonl, .parquet), a Hub dataset, or `digits`; or
+    shards (WebDataset .tar, .parquet with image bytes): a folder or a pattern (`train-{000..010}.tar`)."""
     subset: str | None = None
     """Configuration name of a Hub dataset."""
     revision: str | None = None
@@ -59,9 +60,11 @@ class DataConfig(Section):
     """A run, its `splits/` folder or a csv file (columns id, label, split) whose splits to repeat; fractions
     and seed then decide nothing."""
     streaming: bool = False
-    """Read shards (WebDataset, Parquet, a Hub dataset) from front to back; nothing is kept on disk."""
+    """Read training images from front to back out of shards (WebDataset, Parquet, a Hub dataset); only the
+    validation and test images are kept on disk."""
     shuffle_buffer: Positive = 2000
-    """Images that a streamed epoch is shuffled among, beside the order of its shards."""
+    """Images that a streamed epoch is shuffled among, beside the order of its shards; each loader process
+    holds so many, encoded."""
     cache: str = "auto"
     """Keep training images shrunk to just above training size: `auto` where it pays, `off`, or a folder."""
 
@@ -87,6 +90,23 @@ class DataConfig(Section):
         if self.validation_fraction + self.test_fraction >= 0.9:
             raise ValueError(
                 "validation_fraction + test_fraction must stay below 0.9: something is needed to train on"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> DataConfig:
+        if not self.streaming:
+            return self
+        for key in ("group", "fold", "per_class", "splits", "exclude"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} needs all images at once, so it does not go with streaming: leave out one of them"
+                )
+        if self.path == "digits":
+            raise ValueError("streaming reads shards, and `digits` has none: leave it out")
+        if self.cache not in ("auto", "off"):
+            raise ValueError(
+                "streaming keeps no images, so it does not go with a cache: leave out one of them"
             )
         return self
 

@@ -23,9 +23,15 @@ BINS = 31
 """Strengths of a policy's operations, as in both papers and in torchvision."""
 
 
-def generator_of(seed: int, epoch: int, index: int) -> Random:
-    """The random numbers that belong to one image in one epoch."""
-    return Random(f"{seed}/{epoch}/{index}")
+def generator_of(seed: int, epoch: int, key: int | str) -> Random:
+    """The random numbers that belong to one image in one epoch.
+
+    Args:
+        seed: of all augmentation.
+        epoch: counted from 0.
+        key: what the image is known by: its row, or where rows are streamed the hash of its content.
+    """
+    return Random(f"{seed}/{epoch}/{key}")
 
 
 class Crop(NamedTuple):

@@ -6,7 +6,6 @@ import io
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 import datasets
 import torch
@@ -14,6 +13,7 @@ import torch
 from vit_finetune.data.images import UnreadableImage, decode_image
 from vit_finetune.data.readings import shrink
 from vit_finetune.data.sources import Source, column_values
+from vit_finetune.data.webdataset import read_encoded
 from vit_finetune.run import FoundImage
 
 SIDE = 128
@@ -51,8 +51,7 @@ def open_image(dataset: datasets.Dataset, row: int) -> torch.Tensor:
     stored = dataset.select_columns(["image"]).with_format("arrow")[row]["image"][0].as_py()
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
         raise UnreadableImage("the row holds no image")
-    data = stored["bytes"]
-    return decode_image(data if data is not None else Path(stored["path"]).read_bytes())
+    return decode_image(read_encoded(stored))
 
 
 def _draw(pixels: torch.Tensor) -> bytes:

@@ -25,6 +25,7 @@ from vit_finetune.console import progress
 from vit_finetune.data.archives import cache_dir
 from vit_finetune.data.images import BROKEN, UnreadableImage, decode_image
 from vit_finetune.data.sources import Source
+from vit_finetune.data.webdataset import is_member_path, read_encoded
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import written_whole
 
@@ -160,6 +161,8 @@ def _key(image: dict[str, Any] | None) -> str | None:
         return None
     if image["bytes"] is not None:
         return hash_text(image["bytes"])
+    if is_member_path(image["path"]):
+        return hash_text(read_encoded(image))
     try:
         facts = os.stat(image["path"])  # noqa: PTH116 - a Path object takes longer to make than to use
     except (OSError, TypeError):
@@ -202,7 +205,7 @@ def _read(image: dict[str, Any] | None) -> Reading:
     data: bytes | None = image["bytes"]
     if data is None:
         try:
-            data = Path(image["path"]).read_bytes()
+            data = read_encoded(image)
         except OSError as error:
             return Reading("", f"cannot be opened: {error.strerror}")
     digest = hash_text(data)

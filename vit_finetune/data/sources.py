@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_finetune.data.archives import is_archive, unpack
+from vit_finetune.data.archives import cache_dir, is_archive, unpack
 from vit_finetune.data.folders import (
     ALL,
     SPLIT_NAMES,
@@ -26,8 +26,18 @@ from vit_finetune.data.folders import (
     walk_folders,
 )
 from vit_finetune.data.groups import group_names, match_groups
+from vit_finetune.data.shards import (
+    Shards,
+    distinct_labels,
+    find_shards,
+    image_column,
+    label_column,
+    number_labels,
+    read_class_names,
+)
 from vit_finetune.data.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column, find_tables, list_tables
 from vit_finetune.data.tables import SUFFIXES as TABLE_SUFFIXES
+from vit_finetune.data.webdataset import index_webdataset
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -40,7 +50,7 @@ class Source:
     """
 
     kind: str
-    """folder, archive, table, hub or built-in."""
+    """folder, archive, table, webdataset, parquet, hub or built-in."""
     splits: dict[str, datasets.Dataset]
     """By train, validation and test, or all under `all` where the source has no splits."""
     labels: list[str]
@@ -62,6 +72,9 @@ def load_source(config: DataConfig) -> Source:
 def _open_source(config: DataConfig) -> Source:
     if config.path == "digits":
         return _digits()
+    shards = find_shards(config.path)
+    if shards:
+        return _from_parquet(shards, config) if shards.kind == "parquet" else _from_webdataset(shards, config)
     path = Path(config.path).expanduser()
     if path.is_dir():
         return _from_folder(path, config, "folder")
@@ -125,7 +138,7 @@ def _from_folder(root: Path, config: DataConfig, kind: str) -> Source:
 
 
 def _from_listing(kind: str, root: Path, listing: Listing) -> Source:
-    labels = _common_labels(
+    labels = common_labels(
         str(root), {split: set(rows["label"].unique().to_pylist()) for split, rows in listing.splits.items()}
     )
     splits = {}
@@ -201,7 +214,7 @@ def _with_groups(source: Source, path: str, group: str) -> Source:
     return Source(source.kind, splits, source.labels, notices)
 
 
-def _common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
+def common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
     """The class names of all splits in natural order.
 
     Raises:
@@ -224,6 +237,47 @@ def _common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
         number = "one class only" if known else "no class"
         raise RunError(f"{where}: found {number}{found}. Expected at least two classes")
     return sorted(known, key=natural_key)
+
+
+# --------------------------------------------------------------------------- shards
+
+
+def _from_webdataset(shards: Shards, config: DataConfig) -> Source:
+    """The samples of WebDataset tars by their indices; no image is read."""
+    names = read_class_names(shards.root)
+    indices = {
+        split: datasets.concatenate_datasets(
+            [index_webdataset(shard, shards.name_of(shard), config) for shard in files]
+        )
+        for split, files in shards.files.items()
+    }
+    if names is None:
+        classes = {split: set(distinct_labels(index)[0]) for split, index in indices.items()}
+        names = common_labels(config.path, classes)
+    splits = {split: number_labels(index, names, config.path) for split, index in indices.items()}
+    return Source("webdataset", splits, names)
+
+
+def _from_parquet(shards: Shards, config: DataConfig) -> Source:
+    """Parquet files with image bytes, as an Arrow copy that is memory-mapped from the cache."""
+    first = next(iter(shards.files.values()))[0]
+    image, label = image_column(first, config), label_column(first, config)
+    files = {
+        "train" if split == ALL else split: [str(shard) for shard in files]
+        for split, files in shards.files.items()
+    }
+    try:
+        loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_dir() / "parquet"))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise RunError(f"{config.path}: could not be read ({error}: {error.__cause__})") from error
+    group = [config.group] if config.group in loaded[next(iter(loaded))].features else []
+    loaded = loaded.select_columns([image, label, *group]).cast_column(image, datasets.Image())
+    names = read_class_names(shards.root)
+    if names and not isinstance(loaded[next(iter(loaded))].features[label], datasets.ClassLabel):
+        loaded = loaded.cast_column(label, datasets.ClassLabel(names=names))
+    chosen = config.model_copy(update={"image_column": image, "label_column": label})
+    source = arrange_columns(loaded, chosen)
+    return Source("parquet", source.splits, source.labels, source.notices)
 
 
 # --------------------------------------------------------------------------- the Hub and what is built in
@@ -252,10 +306,10 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
     notices: list[str] = []
     splits = _name_splits(loaded, config, notices)
     features = splits.get("train", next(iter(splits.values()))).features
-    image = _typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
+    image = typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
     if not isinstance(features[image], datasets.Image):
         raise RunError(f"{config.path}: the column {image} holds {features[image]}; expected images")
-    label = _typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
+    label = typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
     labels_of: dict[str, list[str | None]] = {}
     classes: dict[str, set[str]] = {}
     for split, dataset in list(splits.items()):
@@ -270,7 +324,7 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
             del splits[split], classes[split]
         elif unlabelled:
             notices.append(f"{count_of(unlabelled, 'image')} of {split} left out: they have no label")
-    labels = _common_labels(config.path, classes)
+    labels = common_labels(config.path, classes)
     if isinstance(features[label], datasets.ClassLabel):
         labels = list(features[label].names)
     arranged = {
@@ -349,7 +403,12 @@ def _row_groups(dataset: datasets.Dataset, group: str) -> list[str | None]:
     return group_names(group, values)
 
 
-def _typed_column(config: DataConfig, features: Any, asked: str | None, kind: type, key: str) -> str:
+def typed_column(config: DataConfig, features: Any, asked: str | None, kind: type, key: str) -> str:
+    """The column that was asked for, or the only one of a `datasets` type, or one with a usual name.
+
+    Raises:
+        RunError: none of these.
+    """
     if asked is None:
         typed = [name for name, feature in features.items() if isinstance(feature, kind)]
         if len(typed) == 1:

@@ -29,7 +29,7 @@ from vit_finetune.run import RunError
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 METADATA_NAMES = frozenset(f"metadata{suffix}" for suffix in SUFFIXES)
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image_path", "image", "img")
-LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "fine_label", "cls")
 
 
 def find_tables(root: Path, folders: Sequence[Folder]) -> dict[str, Path]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple, Protocol
 
 import datasets
@@ -24,6 +25,7 @@ from vit_finetune.data.augmentation import Augmentation, generator_of
 from vit_finetune.data.cache import PixelCache, cached_edge, shrink
 from vit_finetune.data.images import EncodedImage
 from vit_finetune.data.sources import column_values
+from vit_finetune.data.webdataset import read_encoded
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError
 
@@ -78,7 +80,7 @@ class ImageFiles(Dataset[torch.Tensor]):
     def open(self, index: int) -> EncodedImage:
         """One image, read but not decoded."""
         row = self.rows[index] if self.rows is not None else self.images[index]["image"]
-        return EncodedImage(row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes())
+        return EncodedImage(read_encoded(row))
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.open(index).decode()
@@ -129,15 +131,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
     ) -> None:
         self.files, self.labels, self.seed = ImageFiles(split), column_values(split, "label"), seed
         self.pictures, self.processor = self.files, image_processor
-        self.augment = Augmentation(
-            config,
-            size=output_size(image_processor),
-            fill=[round(255 * mean) for mean in image_processor.image_mean],
-            interpolation=pil_torch_interpolation_mapping.get(
-                image_processor.resample, InterpolationMode.BILINEAR
-            ),
-            resize=partial(resize, image_processor=image_processor),
-        )
+        self.augment = build_augmentation(config, image_processor)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -146,14 +140,11 @@ class TrainingImages(Dataset[dict[str, Any]]):
         epoch, index = key
         generator = generator_of(self.seed, epoch, index)
         picture = self.pictures.open(index)
-        crop = self.augment.draw_crop(picture.size, generator)
-        if crop is None and self.is_cached:
-            image = picture.decode()
+        if self.is_cached and self.augment.config.crop_scale is None:
+            image = self.augment(picture.decode(), generator)  # kept as evaluation sees it
         else:
-            # No more pixels than the crop needs.
-            image = picture.decode(crop.shrink_for(self.augment.size) if crop else 1)
-            image = self.augment.fit(image, crop and crop.on(image.shape[-2:], picture.size))
-        return {"pixel_values": self.augment(image, generator), "labels": self.labels[index]}
+            image = read_varied(picture, self.augment, generator)
+        return {"pixel_values": image, "labels": self.labels[index]}
 
     @property
     def is_cached(self) -> bool:
@@ -185,6 +176,30 @@ class TrainingImages(Dataset[dict[str, Any]]):
     def unaugmented(self, index: int) -> torch.Tensor:
         """An image as evaluation sees it: uint8 `(3, height, width)`."""
         return self.augment.resize(self.files[index])
+
+
+def read_varied(picture: Picture, augment: Augmentation, generator: Random) -> torch.Tensor:
+    """One image as training sees it, uint8 `(3, height, width)`; decoded to no more pixels than needed.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    crop = augment.draw_crop(picture.size, generator)
+    image = picture.decode(crop.shrink_for(augment.size) if crop else 1)
+    return augment(augment.fit(image, crop and crop.on(image.shape[-2:], picture.size)), generator)
+
+
+def build_augmentation(config: AugmentationConfig, image_processor: BaseImageProcessor) -> Augmentation:
+    """The recipe's augmentation, to the size and with the interpolation of the model's image processor."""
+    return Augmentation(
+        config,
+        size=output_size(image_processor),
+        fill=[round(255 * mean) for mean in image_processor.image_mean],
+        interpolation=pil_torch_interpolation_mapping.get(
+            image_processor.resample, InterpolationMode.BILINEAR
+        ),
+        resize=partial(resize, image_processor=image_processor),
+    )
 
 
 class EpochSampler(Sampler[TrainingIndex]):

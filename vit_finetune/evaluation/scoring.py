@@ -23,7 +23,8 @@ from vit_finetune.console import progress
 from vit_finetune.data.checkup import leave_out_unreadable
 from vit_finetune.data.folders import ALL
 from vit_finetune.data.sources import column_values, load_source, with_labels
-from vit_finetune.data.splits import fingerprint, prepare_splits
+from vit_finetune.data.splits import fingerprint
+from vit_finetune.data.streaming import prepare_data
 from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
 from vit_finetune.evaluation.metrics import (
     build_metrics,
@@ -262,7 +263,7 @@ def evaluate(
             raise RunError(
                 f"{target} is a model, not a run: say which images to score it on with --data PATH"
             )
-        splits = prepare_splits(own).splits
+        splits = prepare_data(own).splits
         _check_same_images(run, splits, split)
     else:
         # Groups decide what is carved apart, and nothing is carved here; nor is anything excluded.

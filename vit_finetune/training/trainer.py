@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
+from vit_finetune.data.batches import NO_LABEL, StreamBatches, StreamLoader
 from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.model.loading import restore_weights
 from vit_finetune.recipe import TrainingConfig
@@ -79,7 +81,7 @@ def build_arguments(
 
 
 class ViTTrainer(Trainer):
-    """transformers' Trainer over `TrainingImages` and `EvaluationImages`.
+    """transformers' Trainer over `TrainingImages` or `StreamBatches`, and `EvaluationImages`.
 
     Args:
         model: a classifier, in float32.
@@ -96,7 +98,7 @@ class ViTTrainer(Trainer):
         model: PreTrainedModel,
         image_processor: BaseImageProcessor,
         args: ViTTrainingArguments,
-        train_dataset: TrainingImages,
+        train_dataset: TrainingImages | StreamBatches,
         eval_dataset: EvaluationImages,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -139,16 +141,39 @@ class ViTTrainer(Trainer):
         """The Trainer's, clocked: the next batches of a step."""
         with self._clocked("images"):
             batches, count = super().get_batch_samples(*args, **kwargs)
-        self.seen_images += sum(len(batch["labels"]) for batch in batches)
+        self.seen_images += sum(count_images(batch["labels"]) for batch in batches)
         return batches, count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, clocked."""
-        with self._clocked("evaluation"):
+        """The Trainer's, clocked.
+
+        Its loader draws from torch's generator, which dropout shares, and in a resumed run not at the same
+        times: what it draws is put back.
+        """
+        with self._clocked("evaluation"), torch.random.fork_rng(devices=[]):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
 
     # -- data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of the training images; those of a stream are divided over the processes already.
+
+        Starting loader processes takes a random number, which a resumed run does at another epoch: not from
+        the generator that dropout uses.
+        """
+        if isinstance(self.train_dataset, StreamBatches):
+            return StreamLoader(self.train_dataset)
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Images in an epoch of all processes; of a stream that does not tell, as many as fit."""
+        batches = dataloader.dataset
+        if isinstance(batches, StreamBatches):
+            return batches.num_images or len(batches) * batches.batch_size * self.args.world_size
+        return int(super().num_examples(dataloader))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -169,8 +194,9 @@ class ViTTrainer(Trainer):
         """Images in the accumulated batch of all processes; the Trainer counts soft targets as tokens."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        count = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        count = torch.tensor(sum(count_images(batch["labels"]) for batch in batch_samples), device=device)
+        count = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        return count.clamp(min=1)  # where all that was streamed could not be read, the loss is 0, not 0 / 0
 
     def compute_loss(
         self,
@@ -234,6 +260,15 @@ class ViTTrainer(Trainer):
         restore_weights(self.model, Path(self.state.best_model_checkpoint))
 
 
+def count_images(labels: torch.Tensor) -> int:
+    """How many of a batch are images, and do not only fill a place (`NO_LABEL`).
+
+    Args:
+        labels: class ids, int64 `(batch,)`, or target probabilities, float `(batch, classes)`.
+    """
+    return len(labels) if labels.is_floating_point() else int((labels != NO_LABEL).sum())
+
+
 def cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -244,7 +279,8 @@ def cross_entropy(
 
     Args:
         logits: `(batch, classes)`.
-        labels: class ids, int64 `(batch,)`, or target probabilities, float `(batch, classes)`.
+        labels: class ids, int64 `(batch,)`, of which `NO_LABEL` adds nothing, or target probabilities, float
+            `(batch, classes)`.
         label_smoothing: share of every target spread over all classes, in [0, 1).
         count: number of images to divide by, of which these are a part.
     """

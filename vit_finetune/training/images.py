@@ -1,0 +1,96 @@
+"""The training images as the Trainer reads them: held and shuffled, or streamed in batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import BaseImageProcessor
+
+from vit_finetune.data.batches import StreamBatches
+from vit_finetune.data.splits import PreparedData
+from vit_finetune.data.streaming import PreparedStream
+from vit_finetune.data.transforms import TrainingImages
+from vit_finetune.recipe import AugmentationConfig, TrainingConfig
+from vit_finetune.run import RunError
+from vit_finetune.training.hardware import Hardware
+from vit_finetune.training.loading import Loading
+
+LOOKED_AT = 256
+"""Images of a stream that are held for measuring how fast they are read, and for showing."""
+
+
+def first_images(
+    data: PreparedData, image_processor: BaseImageProcessor, augmentation: AugmentationConfig, seed: int
+) -> TrainingImages:
+    """The training images, one by one: all of them, or the first of a stream, to look at."""
+    images = data.train.head(LOOKED_AT) if isinstance(data, PreparedStream) else data.splits["train"]
+    return TrainingImages(images, image_processor, augmentation, seed)
+
+
+def keep_workers(training: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
+    """The section with as many loader processes as the run to resume had: they decide a stream's order."""
+    chosen = {choice["name"]: choice["value"] for choice in before["choices"]}
+    return training.model_copy(update={"dataloader_num_workers": int(chosen["loader processes"])})
+
+
+def build_batches(
+    data: PreparedData,
+    image_processor: BaseImageProcessor,
+    augmentation: AugmentationConfig,
+    training: TrainingConfig,
+    hardware: Hardware,
+    loading: Loading,
+    before: dict[str, Any] | None,
+) -> StreamBatches | None:
+    """The batches of a stream; None where the training images are held.
+
+    Args:
+        data: the splits.
+        image_processor: the model's.
+        augmentation: the recipe's section.
+        training: the recipe's section.
+        hardware: what was chosen for the machine.
+        loading: likewise.
+        before: provenance of the run that is resumed.
+
+    Raises:
+        RunError: a stream that cannot be divided over the processes, does not tell its length, or was begun
+            by another number of processes.
+    """
+    if not isinstance(data, PreparedStream):
+        return None
+    state = PartialState()
+    processes = before["hardware"]["processes"] if before else state.num_processes
+    if processes != state.num_processes:
+        raise RunError(
+            f"the run was started with {processes} processes and streams its images, so only as many can "
+            f"resume it; found {state.num_processes}"
+        )
+    max_steps = int(getattr(training, "max_steps", -1))
+    return StreamBatches(
+        data.train,
+        image_processor,
+        augmentation,
+        training.seed,
+        hardware.batch_size,
+        num_workers=loading.num_workers,
+        prefetch_factor=loading.prefetch_factor,
+        pin_memory=loading.pin_memory,
+        processes=state.num_processes,
+        rank=state.process_index,
+        max_batches=max_steps * training.gradient_accumulation_steps if max_steps > 0 else None,
+    )
+
+
+def add_unreadable(
+    provenance: dict[str, Any], batches: StreamBatches | None, before: dict[str, Any] | None
+) -> None:
+    """Adds to the provenance what all processes met in a stream and left out, now and before resuming."""
+    if batches is None:
+        return
+    here = [{"id": name, "problem": problem} for name, problem in sorted(batches.unreadable.items())]
+    there = gather_object(here) if PartialState().num_processes > 1 else here
+    known = before["data"].get("unreadable", []) if before else []
+    provenance["data"]["unreadable"] = known + [finding for finding in there if finding not in known]
