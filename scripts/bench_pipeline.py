@@ -102,7 +102,7 @@ def training_images(folder: Path, cache: Path | None) -> tuple[Any, Any]:
     """Our training images, from files or from a cache, and the image processor."""
     from transformers import ViTImageProcessor
 
-    from vit_finetune.data.sources import column_values
+    from vit_finetune.data.columns import column_values
     from vit_finetune.data.splits import prepare_splits
     from vit_finetune.data.transforms import TrainingImages
     from vit_finetune.recipe import AugmentationConfig, DataConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from vit_finetune.data.carving import carve
-from vit_finetune.data.sources import Source, build_dataset, column_values
+from vit_finetune.data.columns import Source, build_dataset, column_values
 from vit_finetune.recipe import DataConfig
 
 Split = dict[str, list[str]]

@@ -12,7 +12,7 @@ from drawn_data import Drawn, carve_ids, components, draw, hash_of, ids_of, spli
 from sklearn.model_selection import StratifiedGroupKFold
 
 from vit_finetune.data.carving import carve, drop_leaks
-from vit_finetune.data.sources import Source, column_values
+from vit_finetune.data.columns import Source, column_values
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

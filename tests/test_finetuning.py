@@ -17,8 +17,9 @@ from conftest import draw_folder, draw_image, tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from vit_finetune.checking import check
 from vit_finetune.evaluation.scoring import evaluate
-from vit_finetune.finetuning import check, finetune
+from vit_finetune.finetuning import finetune
 from vit_finetune.run import Findings, Report, Run, RunError
 
 

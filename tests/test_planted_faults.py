@@ -12,7 +12,8 @@ from conftest import draw_folder
 from planted_faults import FAULTS, Fault, draw_corpus, draw_scene, encode
 
 from vit_finetune.data.checkup import Checkup, check_up
-from vit_finetune.data.sources import Source, column_values, load_source
+from vit_finetune.data.columns import Source, column_values
+from vit_finetune.data.sources import load_source
 from vit_finetune.data.splits import prepare_splits
 from vit_finetune.publishing.checkup_page import write_checkup
 from vit_finetune.recipe import DataConfig

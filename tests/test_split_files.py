@@ -12,7 +12,7 @@ from conftest import draw_folder
 from drawn_data import Drawn, draw, ids_of
 
 from vit_finetune.data.carving import carve, load_splits
-from vit_finetune.data.sources import Source, column_values
+from vit_finetune.data.columns import Source, column_values
 from vit_finetune.data.split_files import read_splits, save_splits
 from vit_finetune.data.splits import prepare_splits
 from vit_finetune.recipe import DataConfig

@@ -19,8 +19,8 @@ from vit_finetune.data import batches as batches_module
 from vit_finetune.data import streams, survey
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import NO_LABEL, StreamBatches, StreamLoader, rebatch
+from vit_finetune.data.columns import column_values
 from vit_finetune.data.images import EncodedImage, decode_image
-from vit_finetune.data.sources import column_values
 from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream, shuffled
 from vit_finetune.data.streams import Carving
 from vit_finetune.data.transforms import TrainingIndex, build_augmentation

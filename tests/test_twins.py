@@ -4,7 +4,7 @@ from pathlib import Path
 
 from planted_faults import draw_scene, encode
 
-from vit_finetune.data.sources import column_values
+from vit_finetune.data.columns import column_values
 from vit_finetune.data.splits import prepare_splits
 from vit_finetune.recipe import DataConfig
 

@@ -53,7 +53,7 @@ def check(
     loaded = _load(recipe, overrides)
 
     def work() -> None:
-        from vit_finetune.finetuning import check
+        from vit_finetune.checking import check
 
         facts = check(loaded, output)
         if as_json:

@@ -4,51 +4,35 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
-from vit_finetune.console import say, show_findings, show_table, warn, warn_of_findings
-from vit_finetune.data.batches import count_batches
-from vit_finetune.data.checkup import Checkup, check_up, explain_errors
-from vit_finetune.data.pictures import load_pictures
-from vit_finetune.data.sources import Source, column_values, load_source
+from vit_finetune.console import say, show_table, warn, warn_of_findings
+from vit_finetune.data.columns import column_values
 from vit_finetune.data.split_files import save_splits
-from vit_finetune.data.splits import PreparedData, prepare_splits
-from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream
+from vit_finetune.data.splits import PreparedData
+from vit_finetune.data.streaming import prepare_data
 from vit_finetune.data.transforms import (
     EvaluationImages,
     TrainingImages,
     TrainingIndex,
     check_image_processor,
-    collate,
 )
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
-from vit_finetune.model.loading import describe_model, load_checkpoint, load_model, quiet_transformers
+from vit_finetune.model.loading import load_checkpoint, load_model
+from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
 from vit_finetune.publishing.card import write_card
-from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.publishing.report import write_report
 from vit_finetune.recipe import Recipe, load_recipe
 from vit_finetune.run import Interrupted, Report, Run, RunError, write_json, write_text, written_whole
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnInterrupt
-from vit_finetune.training.hardware import (
-    Hardware,
-    check_world,
-    choose_hardware,
-    estimate_memory,
-)
-from vit_finetune.training.images import add_unreadable, build_batches, first_images, keep_workers
-from vit_finetune.training.loading import Loading, choose_loading
+from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
 
@@ -71,17 +55,16 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     if before and run.report_html.is_file():
         say(f"{run.path} is finished already: {run.report_html}")
         return run
-    with _quiet_libraries(), _world(recipe) as state:
+    with quiet_libraries(), form_world(recipe) as state:
         with state.main_process_first():
             data = prepare_data(recipe.data)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
-        hardware = choose_hardware(recipe.training, recipe.model, model, before)
-        model.set_attn_implementation(hardware.attn_implementation)
+        hardware = plan_hardware(recipe, model, before)
         train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
-        loading = _choose_loading(recipe, data, train, model, hardware, before)
-        _show_plan(recipe, data, model, hardware, state.num_processes)
+        loading = plan_loading(recipe, data, train, model, hardware, before)
+        show_plan(recipe, data, model, hardware, state.num_processes)
         warn_of_findings(data.findings.findings)
         if loading.cache:
             train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
@@ -96,7 +79,9 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             _open(run, recipe, data, train, provenance)
         state.wait_for_everyone()
         stop = StopOnInterrupt()
-        display = ProgressDisplay(hardware.batch_size * _accumulation(recipe) * state.num_processes)
+        display = ProgressDisplay(
+            hardware.batch_size * recipe.training.gradient_accumulation_steps * state.num_processes
+        )
         trainer = ViTTrainer(
             model,
             image_processor,
@@ -135,89 +120,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     return run
 
 
-def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
-    """What is wrong with the data, and what `finetune` would do: model, batch, steps, memory. Trains nothing.
-
-    Where findings would stop `finetune`, the answer has `stops`, the reason, and nothing about training.
-
-    Args:
-        recipe: what to look at.
-        output: where `findings.json` and `checkup.html` go; `<output_dir>-checkup` if None.
-
-    Raises:
-        RunError: what else would stop `finetune`.
-    """
-    folder = Path(output or f"{recipe.output_dir}-checkup").expanduser()
-    Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
-    with _quiet_libraries(), _world(recipe) as state:
-        if recipe.data.streaming:
-            data: PreparedData = prepare_stream(recipe.data)
-            found: dict[str, Any] = {}
-            warn_of_findings(data.findings.findings)
-        else:
-            source = load_source(recipe.data)
-            checkup = check_up(source, recipe.data)
-            found = _show_checkup(recipe, source, checkup, folder)
-            if "stops" in found:
-                return found
-            data = prepare_splits(recipe.data, checkup)
-            warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
-        model, image_processor = load_model(recipe.model, data.labels)
-        check_image_processor(image_processor)
-        hardware = choose_hardware(recipe.training, recipe.model, model)
-        train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
-        _choose_loading(recipe, data, train, model, hardware, None)
-        batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
-        facts = found | _show_plan(recipe, data, model, hardware, state.num_processes)
-        facts["batch_shape"] = list(batch["pixel_values"].shape)
-        say(f"one batch: pixel_values {tuple(batch['pixel_values'].shape)} uint8, normalised on the device")
-        _show_classes(data)
-    return facts
-
-
 # --------------------------------------------------------------------------- before training
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Without the libraries' own log lines and bars; what matters of them is said by ours."""
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with quiet_transformers():
-            yield
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def _world(recipe: Recipe) -> Iterator[PartialState]:
-    """The processes that train together; stops where the launcher meant more of them."""
-    # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
-    state = PartialState(cpu=recipe.training.use_cpu or not torch.accelerator.is_available())
-    check_world(state.num_processes)
-    yield state
-
-
-def _choose_loading(
-    recipe: Recipe,
-    data: PreparedData,
-    train: TrainingImages,
-    model: PreTrainedModel,
-    hardware: Hardware,
-    before: dict[str, Any] | None,
-) -> Loading:
-    """How images are loaded, the same in every process; its choices join the machine's."""
-    training, cache = recipe.training, recipe.data.cache
-    if isinstance(data, PreparedStream):
-        cache = "off"
-        if before:  # who reads a stream decides its order
-            training = keep_workers(training, before)
-    loading = choose_loading(training, cache, train, model, hardware, before)
-    shared: list[Loading] = broadcast_object_list([loading])  # each process measured, the main one decides
-    hardware.choices += shared[0].choices
-    return shared[0]
 
 
 def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
@@ -261,78 +164,6 @@ def _resuming(command: str | None) -> str:
     if command is None:
         return "finetune(recipe, resume=True)"
     return command if "--resume" in command.split() else f"{command} --resume"
-
-
-def _accumulation(recipe: Recipe) -> int:
-    return recipe.training.gradient_accumulation_steps
-
-
-def _show_plan(
-    recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, processes: int
-) -> dict[str, Any]:
-    """Says what is about to be done, and answers it as facts by name."""
-    counts: dict[str, int | None] = {name: len(split) for name, split in data.splits.items()}
-    facts = describe_model(model)
-    per_step = processes * hardware.batch_size * _accumulation(recipe)
-    epochs, steps = recipe.training.num_train_epochs, int(getattr(recipe.training, "max_steps", -1))
-    if isinstance(data, PreparedStream):
-        counts = {"train": data.train.num_images} | counts
-        batches = count_batches(data.train, hardware.batch_size, processes) or steps * _accumulation(recipe)
-    else:
-        batches = -(-len(data.splits["train"]) // (processes * hardware.batch_size))
-    steps_per_epoch = max(1, -(-batches // _accumulation(recipe)))
-    if steps <= 0:
-        steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
-    fixed, each = estimate_memory(model)
-    memory = fixed + each * hardware.batch_size
-    say(
-        f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
-        + ", ".join(
-            f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
-        )
-    )
-    size = "×".join(map(str, facts["image_size"]))
-    tokens = f", {facts['tokens']} tokens" if "tokens" in facts else ""
-    origin = recipe.model.path or "from scratch"
-    say(
-        f"model: {facts['architecture']}, {origin}, {facts['parameters']:,} parameters, {size} pixels{tokens}"
-    )
-    for choice in hardware.choices:
-        say(f"{choice.name}: {choice.value} ({choice.reason})")
-    say(
-        f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "
-        f"{_accumulation(recipe)} accumulation = {per_step} images per step; {steps:,} steps, "
-        f"{steps_per_epoch:,} an epoch; about {memory / 1e9:.1f} GB"
-    )
-    return facts | {
-        "labels": data.labels,
-        "splits": counts,
-        "choices": [asdict(choice) for choice in hardware.choices],
-        "images_per_step": per_step,
-        "steps": steps,
-        "memory_bytes": memory,
-    }
-
-
-def _show_checkup(recipe: Recipe, source: Source, checkup: Checkup, folder: Path) -> dict[str, Any]:
-    """Shows what is wrong with the data, writes it down, and answers it as facts by name."""
-    document = checkup.document(recipe.data)
-    show_findings(document.findings)
-    page = write_checkup(document, load_pictures(source, shown_images(document)), folder)
-    say(f"with pictures: {page}")
-    stops = explain_errors(document.findings, recipe.data)
-    facts = {"findings": document.model_dump(exclude_none=True)["findings"], "checkup": str(page)}
-    return facts | ({"stops": stops} if stops else {})
-
-
-def _show_classes(data: PreparedData) -> None:
-    columns = {name: column_values(split, "label") for name, split in data.splits.items()}
-    rows: list[list[Any]] = [
-        [label, *(values.count(number) for values in columns.values())]
-        for number, label in enumerate(data.labels)
-    ]
-    shown = rows if len(rows) <= 40 else [*rows[:40], [f"… {len(rows) - 40} more", *([""] * len(columns))]]
-    show_table("images by class", ["class", *columns], shown)
 
 
 def _open(

@@ -19,10 +19,11 @@ from shard_files import NAMES, draw_png, sample, write_tar, write_tars
 
 from invariants.test_exactness import AUGMENTED, DROPOUT, KillAt, Killed, same, weights_of
 from invariants.test_processes import launch
+from vit_finetune.checking import check
 from vit_finetune.data.streaming import PreparedStream, prepare_data
 from vit_finetune.data.transforms import EvaluationImages
 from vit_finetune.evaluation.scoring import evaluate
-from vit_finetune.finetuning import check, finetune
+from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run, RunError

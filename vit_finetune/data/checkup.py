@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from vit_finetune.console import progress
+from vit_finetune.data.columns import Source, column_values
 from vit_finetune.data.duplicates import find_near, group_equal, group_linked
 from vit_finetune.data.folders import ALL, count_of, first_of
 from vit_finetune.data.image_findings import Images, find_odd_images, find_unreadable, gather_images
@@ -21,7 +22,6 @@ from vit_finetune.data.set_findings import (
     find_duplicates,
     find_straddling_groups,
 )
-from vit_finetune.data.sources import Source, column_values
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Finding, Findings, RunError
 

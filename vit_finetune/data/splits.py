@@ -10,8 +10,9 @@ import datasets
 
 from vit_finetune.data.carving import carve
 from vit_finetune.data.checkup import Checkup, check_up, raise_errors, require_images
+from vit_finetune.data.columns import column_values
 from vit_finetune.data.set_findings import describe_listing
-from vit_finetune.data.sources import column_values, load_source
+from vit_finetune.data.sources import load_source
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Findings
 

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from vit_finetune.data.folders import ALL, SPLIT_NAMES
+from vit_finetune.data.hub import is_hub_id, typed_column
 from vit_finetune.data.shards import (
     Shards,
     count_labels,
@@ -25,7 +26,6 @@ from vit_finetune.data.shards import (
     read_class_names,
     read_rows,
 )
-from vit_finetune.data.sources import is_hub_id, typed_column
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

@@ -1,0 +1,168 @@
+"""Datasets of the Hub, and others with their own columns, under our names of splits and columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from vit_finetune.data.archives import is_archive
+from vit_finetune.data.columns import Source, column_values, common_labels
+from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of
+from vit_finetune.data.groups import group_names
+from vit_finetune.data.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column
+from vit_finetune.data.tables import SUFFIXES as TABLE_SUFFIXES
+from vit_finetune.recipe import DataConfig
+from vit_finetune.run import RunError
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `data.path` names a dataset of the Hub rather than something on this machine.
+
+    A Hub id has an owner; a misspelt path, archive or table should not send anybody to the network.
+    """
+    looks = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+    is_file_name = is_archive(Path(path)) or Path(path).suffix.lower() in TABLE_SUFFIXES
+    return looks and not is_file_name and not Path(path).exists()
+
+
+def load_hub_dataset(config: DataConfig) -> Source:
+    """A dataset of the Hub, downloaded into the cache of `datasets`.
+
+    Raises:
+        RunError: it cannot be loaded, or as `arrange_columns`.
+    """
+    try:
+        loaded = datasets.load_dataset(config.path, name=config.subset, revision=config.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise RunError(
+            f"{config.path}: could not be loaded from the Hub ({type(error).__name__}: {error}). It is no "
+            f"folder or file on this machine either; set data.path=…"
+        ) from error
+    return arrange_columns(loaded, config)
+
+
+def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
+    """A Hub dataset under our split and column names, with the row's number as its id.
+
+    Classes keep the dataset's own order where it has one, else they are sorted naturally.
+
+    Raises:
+        RunError: columns or splits that cannot be told apart, several labels per image, one class only, or
+            class lists that differ between splits.
+    """
+    notices: list[str] = []
+    splits = _name_splits(loaded, config, notices)
+    features = splits.get("train", next(iter(splits.values()))).features
+    image = typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
+    if not isinstance(features[image], datasets.Image):
+        raise RunError(f"{config.path}: the column {image} holds {features[image]}; expected images")
+    label = typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
+    labels_of: dict[str, list[str | None]] = {}
+    classes: dict[str, set[str]] = {}
+    for split, dataset in list(splits.items()):
+        if split == "test" and label not in dataset.features:
+            labels_of[split], classes[split] = [None] * len(dataset), set()
+        else:
+            labels_of[split], classes[split] = _row_labels(f"{config.path}: {split}", dataset, image, label)
+        unlabelled = labels_of[split].count(None)
+        if unlabelled == len(dataset) and split == "test" and len(splits) > 1:
+            # Competitions publish their test images without labels, or with -1.
+            notices.append(f"test has no labels: its {count_of(unlabelled, 'image')} left out")
+            del splits[split], classes[split]
+        elif unlabelled:
+            notices.append(f"{count_of(unlabelled, 'image')} of {split} left out: they have no label")
+    labels = common_labels(config.path, classes)
+    if isinstance(features[label], datasets.ClassLabel):
+        labels = list(features[label].names)
+    arranged = {
+        split: _arrange_rows(dataset, image, labels_of[split], labels, config.group)
+        for split, dataset in splits.items()
+    }
+    return Source("hub", arranged, labels, notices)
+
+
+def _name_splits(
+    loaded: datasets.DatasetDict, config: DataConfig, notices: list[str]
+) -> dict[str, datasets.Dataset]:
+    """The splits under our names; others are left out, unless there is only one."""
+    splits: dict[str, datasets.Dataset] = {}
+    for name, dataset in loaded.items():
+        split = SPLIT_NAMES.get(str(name).lower(), ALL if len(loaded) == 1 else None)
+        if split in splits:
+            raise RunError(f"{config.path}: found the splits {', '.join(loaded)}, two of which mean {split}")
+        if split is None:
+            notices.append(f"the split {name} left out")
+        elif not len(dataset):
+            notices.append(f"the split {name} left out: it has no images")
+        else:
+            splits[split] = dataset
+    if not splits:
+        raise RunError(
+            f"{config.path}: found the splits {', '.join(loaded)}; expected train, validation or test with "
+            f"images in them"
+        )
+    return splits
+
+
+def _row_labels(
+    where: str, dataset: datasets.Dataset, image: str, label: str
+) -> tuple[list[str | None], set[str]]:
+    """The class name of each row, None where there is none, and the names of all classes."""
+    absent = [column for column in (image, label) if column not in dataset.features]
+    if absent:
+        raise RunError(f"{where} has no column {absent[0]}; found {', '.join(dataset.features)}")
+    feature, values = dataset.features[label], column_values(dataset, label)
+    if isinstance(feature, datasets.ClassLabel):
+        names = [None if value is None or value < 0 else feature.names[value] for value in values]
+        return names, set(feature.names)
+    if any(isinstance(value, list | dict) for value in values):
+        raise RunError(f"{where}: {label} holds several labels per image; expected one class")
+    names = [None if value is None or value == "" else str(value) for value in values]
+    return names, {name for name in names if name is not None}
+
+
+def _arrange_rows(
+    dataset: datasets.Dataset,
+    image: str,
+    names: Sequence[str | None],
+    labels: Sequence[str],
+    group: str | None,
+) -> datasets.Dataset:
+    ids = {label: number for number, label in enumerate(labels)}
+    images = dataset.select_columns([image])
+    if image != "image":
+        images = images.rename_column(image, "image")
+    arranged = images.add_column(
+        "label",
+        [-1 if name is None else ids[name] for name in names],
+        feature=datasets.ClassLabel(names=list(labels)),
+    ).add_column("id", [str(number) for number in range(len(names))])
+    if group is not None and group in dataset.features:
+        arranged = arranged.add_column("group", _row_groups(dataset, group), feature=datasets.Value("string"))
+    labelled = [number for number, name in enumerate(names) if name is not None]
+    return arranged if len(labelled) == len(names) else arranged.select(labelled)
+
+
+def _row_groups(dataset: datasets.Dataset, group: str) -> list[str | None]:
+    feature, values = dataset.features[group], column_values(dataset, group)
+    if isinstance(feature, datasets.ClassLabel):
+        values = [None if value is None or value < 0 else feature.names[value] for value in values]
+    return group_names(group, values)
+
+
+def typed_column(config: DataConfig, features: Any, asked: str | None, kind: type, key: str) -> str:
+    """The column that was asked for, or the only one of a `datasets` type, or one with a usual name.
+
+    Raises:
+        RunError: none of these.
+    """
+    if asked is None:
+        typed = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if len(typed) == 1:
+            return str(typed[0])
+    usual = FILE_COLUMNS if kind is datasets.Image else LABEL_COLUMNS
+    return find_column(config.path, list(features), asked, usual, key)

@@ -1,0 +1,126 @@
+"""What training and looking begin with: the processes, what the machine gives, and the plan said aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from vit_finetune.console import say
+from vit_finetune.data.batches import count_batches
+from vit_finetune.data.splits import PreparedData
+from vit_finetune.data.streaming import PreparedStream
+from vit_finetune.data.transforms import TrainingImages
+from vit_finetune.model.loading import describe_model, quiet_transformers
+from vit_finetune.recipe import Recipe
+from vit_finetune.training.hardware import Hardware, check_world, choose_hardware, estimate_memory
+from vit_finetune.training.images import keep_workers
+from vit_finetune.training.loading import Loading, choose_loading
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the libraries' own log lines and bars; what matters of them is said by ours."""
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def form_world(recipe: Recipe) -> Iterator[PartialState]:
+    """The processes that train together; stops where the launcher meant more of them."""
+    # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
+    state = PartialState(cpu=recipe.training.use_cpu or not torch.accelerator.is_available())
+    check_world(state.num_processes)
+    yield state
+
+
+def plan_hardware(recipe: Recipe, model: PreTrainedModel, before: dict[str, Any] | None = None) -> Hardware:
+    """What to use of the machine, the same in every process."""
+    hardware: Hardware = broadcast_object_list(
+        [choose_hardware(recipe.training, recipe.model, model, before)]
+    )[0]
+    model.set_attn_implementation(hardware.attn_implementation)
+    return hardware
+
+
+def plan_loading(
+    recipe: Recipe,
+    data: PreparedData,
+    train: TrainingImages,
+    model: PreTrainedModel,
+    hardware: Hardware,
+    before: dict[str, Any] | None = None,
+) -> Loading:
+    """How images are loaded, the same in every process; its choices join the machine's."""
+    training, cache = recipe.training, recipe.data.cache
+    if isinstance(data, PreparedStream):
+        cache = "off"
+        if before:  # who reads a stream decides its order
+            training = keep_workers(training, before)
+    # Each process measures, the main one decides.
+    loading: Loading = broadcast_object_list(
+        [choose_loading(training, cache, train, model, hardware, before)]
+    )[0]
+    hardware.choices += loading.choices
+    return loading
+
+
+def show_plan(
+    recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, processes: int
+) -> dict[str, Any]:
+    """Says what is about to be done, and answers it as facts by name."""
+    counts: dict[str, int | None] = {name: len(split) for name, split in data.splits.items()}
+    facts = describe_model(model)
+    accumulation = recipe.training.gradient_accumulation_steps
+    per_step = processes * hardware.batch_size * accumulation
+    epochs, steps = recipe.training.num_train_epochs, int(getattr(recipe.training, "max_steps", -1))
+    if isinstance(data, PreparedStream):
+        counts = {"train": data.train.num_images} | counts
+        batches = count_batches(data.train, hardware.batch_size, processes) or steps * accumulation
+    else:
+        batches = -(-len(data.splits["train"]) // (processes * hardware.batch_size))
+    steps_per_epoch = max(1, -(-batches // accumulation))
+    if steps <= 0:
+        steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
+    fixed, each = estimate_memory(model)
+    memory = fixed + each * hardware.batch_size
+    say(
+        f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
+        + ", ".join(
+            f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
+        )
+    )
+    size = "×".join(map(str, facts["image_size"]))
+    tokens = f", {facts['tokens']} tokens" if "tokens" in facts else ""
+    origin = recipe.model.path or "from scratch"
+    say(
+        f"model: {facts['architecture']}, {origin}, {facts['parameters']:,} parameters, {size} pixels{tokens}"
+    )
+    for choice in hardware.choices:
+        say(f"{choice.name}: {choice.value} ({choice.reason})")
+    say(
+        f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "
+        f"{accumulation} accumulation = {per_step} images per step; {steps:,} steps, "
+        f"{steps_per_epoch:,} an epoch; about {memory / 1e9:.1f} GB"
+    )
+    return facts | {
+        "labels": data.labels,
+        "splits": counts,
+        "choices": [asdict(choice) for choice in hardware.choices],
+        "images_per_step": per_step,
+        "steps": steps,
+        "memory_bytes": memory,
+    }
