@@ -124,8 +124,29 @@ def test_a_survey_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(survey, "_write_survey", None)
         assert numbers_of(prepare(folder)) == first
-    write_tars(folder, [9])
-    assert numbers_of(prepare(folder)) != first
+    write_tars(folder, [9])  # 7 before: 7 and 8 come twice now
+    data = prepare(folder)
+    counts = {split: len(numbers) for split, numbers in numbers_of(data).items()}
+    assert sum(counts.values()) == TOTAL + 2
+    assert data.train.num_images == counts["train"]
+
+
+def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    for split, start in (("train", 0), ("validation", 10), ("test", 20)):
+        rows = {
+            "image": [{"bytes": draw_png(number), "path": None} for number in range(start, start + 10)],
+            "label": [
+                -1 if split == "test" or number % 5 == 0 else number % 3
+                for number in range(start, start + 10)
+            ],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    data = prepare(tmp_path)
+    labelled = {"train": [1, 2, 3, 4, 6, 7, 8, 9], "validation": [11, 12, 13, 14, 16, 17, 18, 19]}
+    assert numbers_of(data) == labelled
+    assert data.train.num_images == 8
+    assert any("test has no labelled images" in finding.message for finding in data.findings.findings)
 
 
 def test_class_names_beside_the_shards(tmp_path: Path) -> None:
