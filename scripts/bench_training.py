@@ -117,21 +117,11 @@ def run_example(data: Path, steps: int, bf16: bool = False) -> float:
 
 
 def run_timm(data: Path, steps: int, script: Path, *flags: str) -> float:
-    """timm's train.py; the mean rate that it logs, without its first interval."""
+    """timm's train.py; the mean of the update times that it logs, without the first ones."""
     with tempfile.TemporaryDirectory() as folder:
-        sample = Path(folder) / "data" / "train"
-        for name in sorted(path.name for path in (data / "train").iterdir()):
-            (sample / name).mkdir(parents=True)
-            for file in sorted((data / "train" / name).iterdir())[: steps * BATCH // 10 + 1]:
-                (sample / name / file.name).symlink_to(file)
-        (sample.parent / "validation").mkdir()
-        for path in sorted(sample.iterdir()):
-            (sample.parent / "validation" / path.name).mkdir()
-            first = next(path.iterdir())
-            (sample.parent / "validation" / path.name / first.name).symlink_to(first.resolve())
         device = "cuda" if _has_gpu() else "cpu"
         words = [
-            sys.executable, str(script), "--data-dir", str(sample.parent),
+            sys.executable, str(script), "--data-dir", str(data),
             "--train-split", "train", "--val-split", "validation",
             "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=4", "img_size=32",
             "--img-size", "32", "--num-classes", "10", "-b", str(BATCH), "--epochs", "1",
@@ -211,6 +201,18 @@ def _has_gpu() -> bool:
 # --------------------------------------------------------------------------- the table
 
 
+def take_sample(data: Path, steps: int, folder: Path) -> Path:
+    """An epoch of so many steps, and a few images to validate and test on, as links to the files."""
+    for name in sorted(path.name for path in (data / "train").iterdir()):
+        files = sorted((data / "train" / name).iterdir())
+        count = steps * BATCH // 10 + 1
+        for split, some in (("train", files[:count]), ("validation", files[-2:]), ("test", files[-4:-2])):
+            (folder / split / name).mkdir(parents=True)
+            for file in some:
+                (folder / split / name / file.name).symlink_to(file)
+    return folder
+
+
 def build_rows(timm_train: Path | None) -> dict[str, Callable[[Path, int], float]]:
     """What is measured, by the row's name; the first is what the others are compared with."""
     rows: dict[str, Callable[[Path, int], float]] = {
@@ -229,7 +231,7 @@ def build_rows(timm_train: Path | None) -> dict[str, Callable[[Path, int], float
             "timm, its defaults": lambda data, steps: run_timm(data, steps, timm_train),
             "timm, amp bf16": lambda data, steps: run_timm(data, steps, timm_train, *amp),
             "timm, amp bf16, compiled": lambda data, steps: run_timm(
-                data, max(steps, 24), timm_train, *amp, "--torchcompile"
+                data, steps, timm_train, *amp, "--torchcompile"
             ),
         }
     return rows
@@ -247,10 +249,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    data = options.data.resolve()
     rows = build_rows(options.timm_train and options.timm_train.resolve())
     if options.row:
-        print(rows[options.row](data, options.steps))
+        with tempfile.TemporaryDirectory() as folder:
+            print(
+                rows[options.row](
+                    take_sample(options.data.resolve(), options.steps, Path(folder)), options.steps
+                )
+            )
         return
     names = [name for name in rows if not options.only or any(part in name for part in options.only)]
     rates: dict[str, list[float]] = {name: [] for name in names}
