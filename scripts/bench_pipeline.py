@@ -102,8 +102,8 @@ def training_images(folder: Path, cache: Path | None) -> tuple[Any, Any]:
     """Our training images, from files or from a cache, and the image processor."""
     from transformers import ViTImageProcessor
 
-    from vit_finetune.data.columns import column_values
-    from vit_finetune.data.splits import prepare_splits
+    from vit_finetune.data.sources.columns import column_values
+    from vit_finetune.data.splits.prepared import prepare_splits
     from vit_finetune.data.transforms import TrainingImages
     from vit_finetune.recipe import AugmentationConfig, DataConfig
 
@@ -230,7 +230,7 @@ def main(words: Iterable[str] | None = None) -> None:
         os.environ["VIT_FINETUNE_CACHE"] = f"{temporary}/readings"
         source = options.photos
         if source.is_file():
-            from vit_finetune.data.archives import unpack
+            from vit_finetune.data.sources.archives import unpack
 
             source = unpack(source)
         rows = build_rows(lay_out(source, Path(temporary), options.size))

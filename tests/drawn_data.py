@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from vit_finetune.data.carving import carve
-from vit_finetune.data.columns import Source, build_dataset, column_values
+from vit_finetune.data.sources.columns import Source, build_dataset, column_values
+from vit_finetune.data.splits.carving import carve
 from vit_finetune.recipe import DataConfig
 
 Split = dict[str, list[str]]

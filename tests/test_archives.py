@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import draw_folder
 
-from vit_finetune.data import archives
-from vit_finetune.data.archives import cache_dir, is_archive, unpack
-from vit_finetune.data.sources import load_source
+from vit_finetune.data.sources import archives
+from vit_finetune.data.sources.archives import cache_dir, is_archive, unpack
+from vit_finetune.data.sources.source import load_source
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

@@ -11,8 +11,8 @@ import pytest
 from drawn_data import Drawn, carve_ids, components, draw, hash_of, ids_of, split_by_id
 from sklearn.model_selection import StratifiedGroupKFold
 
-from vit_finetune.data.carving import carve, drop_leaks
-from vit_finetune.data.columns import Source, column_values
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.splits.carving import carve, drop_leaks
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

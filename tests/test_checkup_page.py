@@ -14,9 +14,9 @@ import pytest
 from planted_faults import FAULTS, draw_corpus, draw_scene, encode
 from test_report import HOSTILE, Page
 
-from vit_finetune.data.checkup import check_up
-from vit_finetune.data.pictures import SIDE, load_pictures
-from vit_finetune.data.sources import load_source
+from vit_finetune.data.checkup.checkup import check_up
+from vit_finetune.data.checkup.pictures import SIDE, load_pictures
+from vit_finetune.data.sources.source import load_source
 from vit_finetune.publishing.checkup_page import MOST_SHOWN, build_page, shown_images, write_checkup
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Finding, Findings, FoundImage, RunError

@@ -13,8 +13,8 @@ import pytest
 import torch
 from planted_faults import draw_scene
 
-from vit_finetune.data import duplicates
-from vit_finetune.data.duplicates import (
+from vit_finetune.data.checkup import duplicates
+from vit_finetune.data.checkup.duplicates import (
     DISTANCE,
     build_thumbnail,
     close_pairs,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import draw_folder
 
-from vit_finetune.data.folders import (
+from vit_finetune.data.sources.folders import (
     ALL,
     Folder,
     Listing,
@@ -57,7 +57,7 @@ def test_upper_case_endings_and_stray_files() -> None:
 def test_long_listings_are_built_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     files = [f"{name}/{number}.jpg" for name in ("cat", "dog", "emu") for number in range(3)]
     expected = rows(listing(*files))
-    monkeypatch.setattr("vit_finetune.data.folders.CHUNK", 4)
+    monkeypatch.setattr("vit_finetune.data.sources.folders.CHUNK", 4)
     assert rows(listing(*files)) == expected == [(file, file[:3]) for file in files]
 
 

@@ -12,8 +12,8 @@ from conftest import draw_image
 from PIL import Image
 from transformers.image_utils import load_image
 
-from vit_finetune.data.folders import is_image_name
 from vit_finetune.data.images import EncodedImage, UnreadableImage, decode_image
+from vit_finetune.data.sources.folders import is_image_name
 
 PHOTO = draw_image((200, 120, 40), seed=0, size=(37, 26)).resize((74, 52), Image.Resampling.BICUBIC)
 

@@ -11,10 +11,10 @@ import pytest
 from conftest import draw_folder
 from planted_faults import FAULTS, Fault, draw_corpus, draw_scene, encode
 
-from vit_finetune.data.checkup import Checkup, check_up
-from vit_finetune.data.columns import Source, column_values
-from vit_finetune.data.sources import load_source
-from vit_finetune.data.splits import prepare_splits
+from vit_finetune.data.checkup.checkup import Checkup, check_up
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.splits.prepared import prepare_splits
 from vit_finetune.publishing.checkup_page import write_checkup
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Finding, Findings, RunError

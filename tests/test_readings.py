@@ -13,12 +13,12 @@ from conftest import draw_folder, draw_image
 from PIL import Image
 from test_images import ENCODED, PHOTO, encode, png_header
 
-from vit_finetune.data import readings
-from vit_finetune.data.archives import cache_dir
-from vit_finetune.data.checkup import Checkup, check_up, leave_out_unreadable
-from vit_finetune.data.columns import Source, column_values
-from vit_finetune.data.hub import arrange_columns
-from vit_finetune.data.sources import load_source
+from vit_finetune.data.checkup import readings
+from vit_finetune.data.checkup.checkup import Checkup, check_up, leave_out_unreadable
+from vit_finetune.data.sources.archives import cache_dir
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.hub import arrange_columns
+from vit_finetune.data.sources.source import load_source
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

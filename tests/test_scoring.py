@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_VIT, draw_folder, draw_image
 from sklearn import metrics as sk
 
-from vit_finetune.data.carving import load_splits
+from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EvaluationImages
 from vit_finetune.evaluation.metrics import (
     Accuracy,

@@ -10,15 +10,15 @@ import pytest
 from conftest import draw_folder
 from shard_files import NAMES, draw_png, sample, write_parquet, write_tar, write_tars
 
-from vit_finetune.data import webdataset
-from vit_finetune.data.archives import cache_dir
-from vit_finetune.data.columns import Source, column_values
 from vit_finetune.data.images import decode_image
-from vit_finetune.data.shards import find_shards, read_class_names, read_rows
-from vit_finetune.data.sources import load_source
-from vit_finetune.data.splits import prepare_splits
+from vit_finetune.data.sources import webdataset
+from vit_finetune.data.sources.archives import cache_dir
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.shards import find_shards, read_class_names, read_rows
+from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.sources.webdataset import is_webdataset, read_encoded, walk_members
+from vit_finetune.data.splits.prepared import prepare_splits
 from vit_finetune.data.transforms import ImageFiles
-from vit_finetune.data.webdataset import is_webdataset, read_encoded, walk_members
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 from conftest import draw_folder, draw_image
 
-from vit_finetune.data.columns import Source, column_values, with_labels
-from vit_finetune.data.hub import arrange_columns, is_hub_id
-from vit_finetune.data.sources import load_source
+from vit_finetune.data.sources.columns import Source, column_values, with_labels
+from vit_finetune.data.sources.hub import arrange_columns, is_hub_id
+from vit_finetune.data.sources.source import load_source
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

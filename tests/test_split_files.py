@@ -11,10 +11,10 @@ import pytest
 from conftest import draw_folder
 from drawn_data import Drawn, draw, ids_of
 
-from vit_finetune.data.carving import carve, load_splits
-from vit_finetune.data.columns import Source, column_values
-from vit_finetune.data.split_files import read_splits, save_splits
-from vit_finetune.data.splits import prepare_splits
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.splits.carving import carve, load_splits
+from vit_finetune.data.splits.files import read_splits, save_splits
+from vit_finetune.data.splits.prepared import prepare_splits
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Run, RunError
 

@@ -13,9 +13,9 @@ import datasets
 import pytest
 from conftest import draw_folder
 
-from vit_finetune.data.carving import load_splits
-from vit_finetune.data.columns import column_values
-from vit_finetune.data.splits import fingerprint, prepare_splits
+from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.splits.carving import load_splits
+from vit_finetune.data.splits.prepared import fingerprint, prepare_splits
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

@@ -15,14 +15,14 @@ import torch
 from conftest import TINY_VIT, draw_folder
 from shard_files import NAMES, draw_png, sample, write_parquet, write_tar, write_tars
 
-from vit_finetune.data import batches as batches_module
-from vit_finetune.data import streams, survey
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.batches import NO_LABEL, StreamBatches, StreamLoader, rebatch
-from vit_finetune.data.columns import column_values
 from vit_finetune.data.images import EncodedImage, decode_image
-from vit_finetune.data.streaming import PreparedStream, prepare_data, prepare_stream, shuffled
-from vit_finetune.data.streams import Carving
+from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.streaming import batches as batches_module
+from vit_finetune.data.streaming import streams, survey
+from vit_finetune.data.streaming.batches import NO_LABEL, StreamBatches, StreamLoader, rebatch
+from vit_finetune.data.streaming.prepared import PreparedStream, prepare_data, prepare_stream, shuffled
+from vit_finetune.data.streaming.streams import Carving
 from vit_finetune.data.transforms import TrainingIndex, build_augmentation
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import AugmentationConfig, DataConfig, ModelConfig, RecipeError, build_recipe

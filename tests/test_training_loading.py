@@ -13,7 +13,7 @@ from conftest import tiny_recipe
 from invariants.test_exactness import build_trainer
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from vit_finetune.data.carving import load_splits
+from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import load_model
 from vit_finetune.training import loading

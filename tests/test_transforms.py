@@ -14,7 +14,7 @@ from transformers import BitImageProcessor, ViTImageProcessor
 from transformers.image_utils import load_image
 
 from vit_finetune.data import transforms
-from vit_finetune.data.carving import load_splits
+from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import (
     EpochSampler,
     EvaluationImages,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from planted_faults import draw_scene, encode
 
-from vit_finetune.data.columns import column_values
-from vit_finetune.data.splits import prepare_splits
+from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.splits.prepared import prepare_splits
 from vit_finetune.recipe import DataConfig
 
 

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 from drawn_data import Drawn, components, draw, hash_of
 
-from vit_finetune.data.units import find_units, hash_keys
+from vit_finetune.data.splits.units import find_units, hash_keys
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_finetune.data.carving import load_splits
+    from vit_finetune.data.splits.carving import load_splits
     from vit_finetune.evaluation.prediction import predict
     from vit_finetune.evaluation.scoring import evaluate
     from vit_finetune.finetuning import finetune
@@ -23,7 +23,7 @@ _HOMES = {
     "finetune": "finetuning",
     "evaluate": "evaluation.scoring",
     "predict": "evaluation.prediction",
-    "load_splits": "data.carving",
+    "load_splits": "data.splits.carving",
     "load_model": "model.loading",
     "ViTTrainer": "training.trainer",
     "ViTTrainingArguments": "training.trainer",

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from vit_finetune.console import say, show_findings, show_table, warn_of_findings
-from vit_finetune.data.checkup import Checkup, check_up, explain_errors
-from vit_finetune.data.columns import Source, column_values
-from vit_finetune.data.pictures import load_pictures
-from vit_finetune.data.sources import load_source
-from vit_finetune.data.splits import PreparedData, prepare_splits
-from vit_finetune.data.streaming import prepare_stream
+from vit_finetune.data.checkup.checkup import Checkup, check_up, explain_errors
+from vit_finetune.data.checkup.pictures import load_pictures
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
+from vit_finetune.data.streaming.prepared import prepare_stream
 from vit_finetune.data.transforms import TrainingIndex, check_image_processor, collate
 from vit_finetune.model.loading import load_model
 from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan

@@ -14,10 +14,10 @@ from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_table, warn, warn_of_findings
-from vit_finetune.data.columns import column_values
-from vit_finetune.data.split_files import save_splits
-from vit_finetune.data.splits import PreparedData
-from vit_finetune.data.streaming import prepare_data
+from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.splits.files import save_splits
+from vit_finetune.data.splits.prepared import PreparedData
+from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import (
     EvaluationImages,
     TrainingImages,

@@ -14,9 +14,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from vit_finetune.console import say
-from vit_finetune.data.batches import count_batches
-from vit_finetune.data.splits import PreparedData
-from vit_finetune.data.streaming import PreparedStream
+from vit_finetune.data.splits.prepared import PreparedData
+from vit_finetune.data.streaming.batches import count_batches
+from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import describe_model, quiet_transformers
 from vit_finetune.recipe import Recipe

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, pipeline
 
-from vit_finetune.data.carving import load_splits
+from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.evaluation.scoring import score
 from vit_finetune.finetuning import finetune

@@ -20,7 +20,7 @@ from shard_files import NAMES, draw_png, sample, write_tar, write_tars
 from invariants.test_exactness import AUGMENTED, DROPOUT, KillAt, Killed, same, weights_of
 from invariants.test_processes import launch
 from vit_finetune.checking import check
-from vit_finetune.data.streaming import PreparedStream, prepare_data
+from vit_finetune.data.streaming.prepared import PreparedStream, prepare_data
 from vit_finetune.data.transforms import EvaluationImages
 from vit_finetune.evaluation.scoring import evaluate
 from vit_finetune.finetuning import finetune
@@ -200,9 +200,9 @@ def test_a_streamed_run_tells_the_same_story(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from torch.utils.data import DataLoader
-from vit_finetune.data.streaming import prepare_data
+from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import ImageFiles
-from vit_finetune.data.sources import load_source
+from vit_finetune.data.sources.source import load_source
 from vit_finetune.recipe import DataConfig
 
 def status(name):

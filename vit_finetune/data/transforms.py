@@ -23,9 +23,9 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 
 from vit_finetune.data.augmentation import Augmentation, generator_of
 from vit_finetune.data.cache import PixelCache, cached_edge, shrink
-from vit_finetune.data.columns import column_values
 from vit_finetune.data.images import EncodedImage
-from vit_finetune.data.webdataset import read_encoded
+from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.sources.webdataset import read_encoded
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
-from vit_finetune.data.folders import is_image_name, walk_files
 from vit_finetune.data.images import UnreadableImage, decode_image
+from vit_finetune.data.sources.folders import is_image_name, walk_files
 from vit_finetune.data.transforms import resize
 from vit_finetune.evaluation.scoring import best_device, predict_probabilities
 from vit_finetune.model.loading import load_checkpoint

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from vit_finetune.console import progress
-from vit_finetune.data.checkup import leave_out_unreadable
-from vit_finetune.data.columns import column_values, with_labels
-from vit_finetune.data.folders import ALL
-from vit_finetune.data.sources import load_source
-from vit_finetune.data.splits import fingerprint
-from vit_finetune.data.streaming import prepare_data
+from vit_finetune.data.checkup.checkup import leave_out_unreadable
+from vit_finetune.data.sources.columns import column_values, with_labels
+from vit_finetune.data.sources.folders import ALL
+from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.splits.prepared import fingerprint
+from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
 from vit_finetune.evaluation.metrics import (
     build_metrics,

@@ -8,9 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import BaseImageProcessor
 
-from vit_finetune.data.batches import StreamBatches
-from vit_finetune.data.splits import PreparedData
-from vit_finetune.data.streaming import PreparedStream
+from vit_finetune.data.splits.prepared import PreparedData
+from vit_finetune.data.streaming.batches import StreamBatches
+from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.recipe import AugmentationConfig, TrainingConfig
 from vit_finetune.run import RunError

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from vit_finetune.data.archives import cache_dir
 from vit_finetune.data.cache import CachedImage, cached_edge, shrink
+from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.transforms import TrainingImages, TrainingIndex, cores_here
 from vit_finetune.recipe import TrainingConfig
 from vit_finetune.training.hardware import Choice, Hardware, measure_step

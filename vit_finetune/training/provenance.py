@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from vit_finetune.data.splits import PreparedData
+from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.model.loading import describe_model
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import RunError

@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCa
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
-from vit_finetune.data.batches import NO_LABEL, StreamBatches, StreamLoader
+from vit_finetune.data.streaming.batches import NO_LABEL, StreamBatches, StreamLoader
 from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.model.loading import restore_weights
 from vit_finetune.recipe import TrainingConfig

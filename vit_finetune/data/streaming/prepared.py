@@ -13,17 +13,17 @@ import datasets
 import pyarrow as pa
 
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.checkup import Checkup, leave_out_unreadable, raise_errors
-from vit_finetune.data.columns import Source, build_dataset, common_labels
-from vit_finetune.data.folders import first_of
-from vit_finetune.data.image_findings import find_odd_images, find_unreadable, gather_images
+from vit_finetune.data.checkup.checkup import Checkup, leave_out_unreadable, raise_errors
+from vit_finetune.data.checkup.image_findings import find_odd_images, find_unreadable, gather_images
+from vit_finetune.data.checkup.readings import read_images
+from vit_finetune.data.checkup.set_findings import describe_listing
 from vit_finetune.data.images import UnreadableImage, decode_image
-from vit_finetune.data.readings import read_images
-from vit_finetune.data.set_findings import describe_listing
-from vit_finetune.data.shards import class_id, label_ids, number_labels
-from vit_finetune.data.splits import PreparedData, prepare_splits
-from vit_finetune.data.streams import READ_ROWS, Carving, Origin, Row, Stream, open_source
-from vit_finetune.data.survey import Survey, take_survey
+from vit_finetune.data.sources.columns import Source, build_dataset, common_labels
+from vit_finetune.data.sources.folders import first_of
+from vit_finetune.data.sources.shards import class_id, label_ids, number_labels
+from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
+from vit_finetune.data.streaming.streams import READ_ROWS, Carving, Origin, Row, Stream, open_source
+from vit_finetune.data.streaming.survey import Survey, take_survey
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_finetune.data.archives import cache_dir, is_archive, unpack
-from vit_finetune.data.columns import Source, build_dataset, column_values, common_labels
-from vit_finetune.data.folders import (
+from vit_finetune.data.sources.archives import cache_dir, is_archive, unpack
+from vit_finetune.data.sources.columns import Source, build_dataset, column_values, common_labels
+from vit_finetune.data.sources.folders import (
     ALL,
     Listing,
     count_of,
@@ -20,9 +20,9 @@ from vit_finetune.data.folders import (
     list_folder,
     walk_folders,
 )
-from vit_finetune.data.groups import match_groups
-from vit_finetune.data.hub import arrange_columns, is_hub_id, load_hub_dataset
-from vit_finetune.data.shards import (
+from vit_finetune.data.sources.groups import match_groups
+from vit_finetune.data.sources.hub import arrange_columns, is_hub_id, load_hub_dataset
+from vit_finetune.data.sources.shards import (
     Shards,
     distinct_labels,
     find_shards,
@@ -31,9 +31,9 @@ from vit_finetune.data.shards import (
     number_labels,
     read_class_names,
 )
-from vit_finetune.data.tables import SUFFIXES as TABLE_SUFFIXES
-from vit_finetune.data.tables import find_tables, list_tables
-from vit_finetune.data.webdataset import index_webdataset
+from vit_finetune.data.sources.tables import SUFFIXES as TABLE_SUFFIXES
+from vit_finetune.data.sources.tables import find_tables, list_tables
+from vit_finetune.data.sources.webdataset import index_webdataset
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

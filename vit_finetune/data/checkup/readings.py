@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from vit_finetune.console import progress
-from vit_finetune.data.archives import cache_dir
-from vit_finetune.data.columns import Source
 from vit_finetune.data.images import BROKEN, UnreadableImage, decode_image
-from vit_finetune.data.webdataset import is_member_path, read_encoded
+from vit_finetune.data.sources.archives import cache_dir
+from vit_finetune.data.sources.columns import Source
+from vit_finetune.data.sources.webdataset import is_member_path, read_encoded
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import written_whole
 

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of, first_of, is_image_name, natural_key
-from vit_finetune.data.tables import LABEL_COLUMNS, METADATA_NAMES, find_column
-from vit_finetune.data.webdataset import index_webdataset, is_webdataset, read_samples
+from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of, is_image_name, natural_key
+from vit_finetune.data.sources.tables import LABEL_COLUMNS, METADATA_NAMES, find_column
+from vit_finetune.data.sources.webdataset import index_webdataset, is_webdataset, read_samples
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from vit_finetune.data.folders import ALL, natural_key
+from vit_finetune.data.sources.folders import ALL, natural_key
 from vit_finetune.run import RunError
 
 

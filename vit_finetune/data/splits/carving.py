@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vit_finetune.data.columns import Source, column_array
-from vit_finetune.data.folders import ALL, count_of, first_of
-from vit_finetune.data.sources import load_source
-from vit_finetune.data.split_files import repeat_splits
-from vit_finetune.data.units import Integers, Units, find_units, hash_keys
+from vit_finetune.data.sources.columns import Source, column_array
+from vit_finetune.data.sources.folders import ALL, count_of, first_of
+from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.splits.files import repeat_splits
+from vit_finetune.data.splits.units import Integers, Units, find_units, hash_keys
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

@@ -10,10 +10,10 @@ from contextlib import suppress
 import datasets
 import torch
 
-from vit_finetune.data.columns import Source, column_values
+from vit_finetune.data.checkup.readings import shrink
 from vit_finetune.data.images import UnreadableImage, decode_image
-from vit_finetune.data.readings import shrink
-from vit_finetune.data.webdataset import read_encoded
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.webdataset import read_encoded
 from vit_finetune.run import FoundImage
 
 SIDE = 128

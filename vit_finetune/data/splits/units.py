@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vit_finetune.data.columns import column_array
+from vit_finetune.data.sources.columns import column_array
 
 Integers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]

@@ -16,9 +16,9 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from vit_finetune.data.folders import ALL, SPLIT_NAMES
-from vit_finetune.data.hub import is_hub_id, typed_column
-from vit_finetune.data.shards import (
+from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES
+from vit_finetune.data.sources.hub import is_hub_id, typed_column
+from vit_finetune.data.sources.shards import (
     Shards,
     count_labels,
     find_shards,

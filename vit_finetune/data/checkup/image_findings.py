@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute
 from PIL import Image
 
-from vit_finetune.data.columns import Source, column_values
-from vit_finetune.data.folders import count_of
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.folders import count_of
 from vit_finetune.run import Finding, FoundImage
 
 HUGE = 40_000_000

@@ -13,9 +13,9 @@ from transformers import BaseImageProcessor
 from vit_finetune.console import warn
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.images import EncodedImage, UnreadableImage
-from vit_finetune.data.shards import label_ids
-from vit_finetune.data.streaming import TrainStream, refuse_unreadable
-from vit_finetune.data.streams import Row
+from vit_finetune.data.sources.shards import label_ids
+from vit_finetune.data.streaming.prepared import TrainStream, refuse_unreadable
+from vit_finetune.data.streaming.streams import Row
 from vit_finetune.data.transforms import TrainingIndex, build_augmentation, collate, output_size, read_varied
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from vit_finetune.data.folders import ALL, count_of, first_of
-from vit_finetune.data.image_findings import Images
+from vit_finetune.data.checkup.image_findings import Images
+from vit_finetune.data.sources.folders import ALL, count_of, first_of
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Finding, FoundImage
 

@@ -10,18 +10,18 @@ import pyarrow as pa
 import torch
 
 from vit_finetune.console import progress
-from vit_finetune.data.columns import Source, column_values
-from vit_finetune.data.duplicates import find_near, group_equal, group_linked
-from vit_finetune.data.folders import ALL, count_of, first_of
-from vit_finetune.data.image_findings import Images, find_odd_images, find_unreadable, gather_images
-from vit_finetune.data.pictures import open_image
-from vit_finetune.data.readings import memory_path, read_images
-from vit_finetune.data.set_findings import (
+from vit_finetune.data.checkup.duplicates import find_near, group_equal, group_linked
+from vit_finetune.data.checkup.image_findings import Images, find_odd_images, find_unreadable, gather_images
+from vit_finetune.data.checkup.pictures import open_image
+from vit_finetune.data.checkup.readings import memory_path, read_images
+from vit_finetune.data.checkup.set_findings import (
     describe_listing,
     find_class_faults,
     find_duplicates,
     find_straddling_groups,
 )
+from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.folders import ALL, count_of, first_of
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Finding, Findings, RunError
 

@@ -17,8 +17,8 @@ import datasets
 import pyarrow as pa
 
 from vit_finetune.console import progress
-from vit_finetune.data.archives import cache_dir
-from vit_finetune.data.streams import Carving, Origin, Row
+from vit_finetune.data.sources.archives import cache_dir
+from vit_finetune.data.streaming.streams import Carving, Origin, Row
 from vit_finetune.recipe import DataConfig
 
 HELD_BYTES = 8_000_000

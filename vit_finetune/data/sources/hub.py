@@ -9,12 +9,12 @@ from typing import Any
 
 import datasets
 
-from vit_finetune.data.archives import is_archive
-from vit_finetune.data.columns import Source, column_values, common_labels
-from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of
-from vit_finetune.data.groups import group_names
-from vit_finetune.data.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column
-from vit_finetune.data.tables import SUFFIXES as TABLE_SUFFIXES
+from vit_finetune.data.sources.archives import is_archive
+from vit_finetune.data.sources.columns import Source, column_values, common_labels
+from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of
+from vit_finetune.data.sources.groups import group_names
+from vit_finetune.data.sources.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column
+from vit_finetune.data.sources.tables import SUFFIXES as TABLE_SUFFIXES
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

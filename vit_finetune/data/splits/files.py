@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from vit_finetune.data.columns import Source, column_array, column_values
-from vit_finetune.data.folders import ALL, SPLIT_NAMES, count_of, first_of
+from vit_finetune.data.sources.columns import Source, column_array, column_values
+from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Run, RunError, write_text
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vit_finetune.data.readings import hash_text, shrink
+from vit_finetune.data.checkup.readings import hash_text, shrink
 from vit_finetune.run import written_whole
 
 DISTANCE = 10

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from vit_finetune.data.folders import (
+from vit_finetune.data.sources.folders import (
     ALL,
     SPLIT_NAMES,
     Folder,
@@ -22,7 +22,7 @@ from vit_finetune.data.folders import (
     is_image_name,
     join,
 )
-from vit_finetune.data.groups import group_names
+from vit_finetune.data.sources.groups import group_names
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 

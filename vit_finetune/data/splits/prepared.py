@@ -8,11 +8,11 @@ from typing import Any
 
 import datasets
 
-from vit_finetune.data.carving import carve
-from vit_finetune.data.checkup import Checkup, check_up, raise_errors, require_images
-from vit_finetune.data.columns import column_values
-from vit_finetune.data.set_findings import describe_listing
-from vit_finetune.data.sources import load_source
+from vit_finetune.data.checkup.checkup import Checkup, check_up, raise_errors, require_images
+from vit_finetune.data.checkup.set_findings import describe_listing
+from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.splits.carving import carve
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Findings
 

@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 import datasets
 import pyarrow as pa
 
-from vit_finetune.data.archives import cache_dir
-from vit_finetune.data.folders import is_image_name
-from vit_finetune.data.tables import LABEL_COLUMNS
+from vit_finetune.data.sources.archives import cache_dir
+from vit_finetune.data.sources.folders import is_image_name
+from vit_finetune.data.sources.tables import LABEL_COLUMNS
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError, written_whole
 

@@ -1,0 +1,1 @@
+"""Folder, archive, table, shards, Hub id or built-in name → images, labels and groups of each split."""
