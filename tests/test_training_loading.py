@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import load_model
+from vit_finetune.recipe import load_recipe
 from vit_finetune.training import loading
 from vit_finetune.training.hardware import Hardware, choose_hardware, measure_step
 from vit_finetune.training.loading import (
@@ -250,8 +252,16 @@ def test_the_verdict_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> Non
     assert told({"images": 40.0}, False, **cached).endswith("set training.dataloader_num_workers=7")
     assert "read at 10,000/s from the cache (2 loader processes)" in told({"images": 40.0}, False, **cached)
     assert told({"images": 40.0}, False, cache=Path("x"), num_workers=7).endswith("more cores would help")
-    assert "training.eval_strategy=steps" in told({"evaluation": 40.0})
-    assert "training.save_strategy=steps" in told({"checkpoints": 40.0})
+    for part in ("evaluation", "checkpoints"):
+        words = re.search(r"\((training\S+) (training\S+)\)$", told({part: 40.0}))
+        assert words, told({part: 40.0})
+        # As a shell would read them, they are a recipe's.
+        overrides = [
+            word.replace("{eval,save}", name).replace("…", "100")
+            for word in words.groups()
+            for name in ("eval", "save")
+        ]
+        assert load_recipe("digits", overrides).training.eval_strategy == "steps"
 
 
 @pytest.mark.slow

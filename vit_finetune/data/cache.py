@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from vit_finetune.console import progress
 from vit_finetune.data.images import EncodedImage
-from vit_finetune.run import RunError, is_disk_full, written_whole
+from vit_finetune.run import RunError, written_whole
 
 FORMAT = 1
 """Counted up when the same name would mean other pixels."""
@@ -167,8 +167,6 @@ class PixelCache:
                     self._fill(open_image, digests, sorted(missing))
                     found = self._read_index()
             except OSError as error:
-                if is_disk_full(error):
-                    raise
                 raise RunError(
                     f"{self.folder}: the image cache cannot be written: {error.strerror or error}. Write "
                     f"data.cache=off, or a folder that can be written to"

@@ -31,6 +31,8 @@ HEADROOM = 1.25
 """Loader processes by what the step needs on average: images differ in size, and processes share cores."""
 CONTENTION = 0.35
 """On a CPU, reading time by step time from which a loader process gains more than it takes from the step."""
+RARER = "training.{eval,save}_strategy=steps training.{eval,save}_steps=…"
+"""How to evaluate and save more rarely than every epoch; the best checkpoint needs both at the same steps."""
 DISK_SHARE = 0.5
 """Share of the free disk that an automatic cache may fill."""
 
@@ -288,7 +290,7 @@ def _advice(loading: Loading, parts: dict[str, float], use_cpu: bool) -> str:
             return f"set training.dataloader_num_workers={cores - 1}"
         return "more cores would help"
     if parts["evaluation"] >= 0.3:
-        return "evaluate less often (training.eval_strategy=steps, training.eval_steps=…)"
+        return f"evaluate less often ({RARER})"
     if parts["checkpoints"] >= WORTH:
-        return "save less often (training.save_strategy=steps, training.save_steps=…)"
+        return f"save less often ({RARER})"
     return "nothing to change, the model is the limit"
