@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,9 +241,64 @@ def test_an_error_while_filling_leaves_no_open_pack(tmp_path: Path) -> None:
         raise OSError(28, os.strerror(28))
 
     keep = PixelCache(tmp_path / "cache", "test", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match=r"cannot be written: No space left.*data\.cache=off"):
         keep.images(images.files.open, digests)
     assert [path.name for path in keep.folder.iterdir()] in ([], [".lock"])
+
+
+def test_a_full_disk_leaves_no_open_pack(tmp_path: Path) -> None:
+    pack = cache._Pack(tmp_path)
+    pack.file.close()
+    pack.file = Path("/dev/full").open("wb")  # noqa: SIM115 - discard() closes it
+    pack.add("digest", np.zeros((2, 2, 3), np.uint8), (2, 2))  # still in the buffer, so that closing fails
+    pack.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_that_cannot_be_written_leaves_no_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, digests = training_images(draw_photos(tmp_path / "photos"))
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(cache.pyarrow.parquet, "write_table", fail)
+    with pytest.raises(RunError, match=r"cannot be written: No space left.*data\.cache=off"):
+        images.read_from_cache(tmp_path / "cache", digests)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".bin"] == []
+
+
+@pytest.mark.parametrize("change", ["another image", "no image", "gone"])
+def test_an_image_that_changes_before_it_is_kept_is_refused(tmp_path: Path, change: str) -> None:
+    root = draw_photos(tmp_path / "photos")
+    images, digests = training_images(root)
+    for file in root.rglob("*.jpg"):
+        match change:
+            case "another image":
+                Image.open(file).rotate(180).save(file)
+            case "no image":
+                file.write_bytes(b"no image")
+            case "gone":
+                file.unlink()
+    with pytest.raises(RunError, match=r"\.jpg: .*Leave the images as they are"):
+        images.read_from_cache(tmp_path / "cache", digests)
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_a_cache_keeps_no_files_open_and_may_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "PACK_BYTES", 1)
+    images, digests = training_images(draw_photos(tmp_path / "photos", 12))
+    images.read_from_cache(tmp_path / "cache", digests)
+    before, fresh = len(os.listdir("/proc/self/fd")), pickle.loads(pickle.dumps(images))
+    read = pixels(images)
+    assert len(images.pictures.packs) > 5 and len(os.listdir("/proc/self/fd")) < before + 5
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(pixels(images), read)
+    with pytest.raises(RunError, match="the image cache changed while it was in use"):
+        pixels(fresh)
 
 
 def test_shrinking_keeps_the_mean_and_the_shape(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import draw_folder, draw_image, tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from vit_finetune import finetuning
 from vit_finetune.checking import check
 from vit_finetune.evaluation.scoring import evaluate
 from vit_finetune.finetuning import finetune
@@ -87,6 +89,31 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path: P
     whole = finetune(tiny_recipe(folder, tmp_path / "whole", training=options))
     one, two = (load_file(path / "model.safetensors") for path in (run.model, whole.model))
     assert all(value.equal(two[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+def test_a_run_that_died_keeps_account_of_what_it_spent(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"max_steps": 2, "lr_scheduler_type": "constant"}
+    recipe = tiny_recipe(folder, tmp_path / "run", training=training)
+    run = finetune(recipe)
+    then, weights = run.read_provenance(), (run.model / "model.safetensors").read_bytes()
+    run.report_html.unlink()  # as if it had died while scoring
+
+    def die(*arguments: Any, **keys: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as dying, pytest.raises(RuntimeError, match="killed"):
+        dying.setattr(finetuning.ViTTrainer, "train", die)
+        finetune(recipe, resume=True)
+    assert run.read_provenance()["train_seconds"] == then["train_seconds"]
+    finetune(recipe, resume=True)
+    now = run.read_provenance()
+    for name in ("train_seconds", "images_per_second", "seconds", "speeds", "verdict", "steps", "best_step"):
+        assert now[name] == then[name], name
+    assert (run.model / "model.safetensors").read_bytes() == weights, "not one step more"
+    assert {choice["reason"] for choice in now["choices"]} >= {"as when the run began"}
 
 
 @pytest.mark.slow

@@ -107,6 +107,28 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     data = encode(PHOTO, kind, exif=exif)
     image = decode_image(data)
     assert tuple(image.shape) == ((3, 52, 74) if orientation < 5 else (3, 74, 52))
+    assert EncodedImage(data).size == tuple(image.shape[1:])
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected(data))
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(payload) + 2) + payload
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize("place", ["behind long comments", "in XMP"])
+def test_orientation_is_found_wherever_pillow_finds_it(place: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if place == "in XMP":
+        header = segment(0xE1, XMP)
+    else:
+        header = segment(0xFE, b"c" * 65_000) * 2 + segment(0xE1, exif.tobytes())
+    data = ENCODED["jpeg"][:2] + header + ENCODED["jpeg"][2:]
+    image = decode_image(data)
+    assert tuple(image.shape) == (3, 74, 52)
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected(data))
 
 

@@ -244,6 +244,13 @@ def test_bare_no_is_a_strategy(written: str) -> None:
     assert load_recipe(file).training.eval_strategy == "no"
 
 
+@pytest.mark.parametrize("written", ["off", "'off'", "false"])
+def test_bare_off_is_no_cache(written: str) -> None:
+    """YAML reads it as false."""
+    assert load_recipe(write(SMALLEST), [f"data.cache={written}"]).data.cache == "off"
+    assert load_recipe(write(f"data: {{path: x, cache: {written}}}\nmodel: {{path: y}}")).data.cache == "off"
+
+
 def test_the_best_checkpoint_needs_evaluations_where_it_saves() -> None:
     said = refusal(SMALLEST, "training.eval_strategy=steps")
     assert "eval_strategy is steps and save_strategy is epoch. Write the same for both" in said

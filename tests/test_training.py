@@ -165,6 +165,22 @@ def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     check_world(2)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_processes_are_started_as_the_recipe_says(folder: Path, tmp_path: Path, workers: int) -> None:
+    from invariants.test_exactness import build_trainer
+
+    words = {
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": False,
+        "dataloader_multiprocessing_context": "spawn",
+    }
+    trainer = build_trainer(tiny_recipe(folder, tmp_path, training=words), tmp_path / "c")
+    assert not trainer.args.dataloader_persistent_workers
+    assert len(next(iter(trainer.get_eval_dataloader()))["labels"]) > 0
+    told = tiny_recipe(folder, tmp_path, training={"dataloader_num_workers": workers})
+    assert build_trainer(told, tmp_path / "d").args.dataloader_persistent_workers == (workers > 0)
+
+
 def test_a_tracker_that_is_not_installed_is_named(folder: Path, tmp_path: Path) -> None:
     from invariants.test_exactness import build_trainer
 

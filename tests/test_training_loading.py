@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import load_model
+from vit_finetune.recipe import load_recipe
 from vit_finetune.training import loading
 from vit_finetune.training.hardware import Hardware, choose_hardware, measure_step
 from vit_finetune.training.loading import (
@@ -41,6 +44,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
         cache: str = "auto",
         before: Any = None,
         images: int = 1000,
+        shards: int | None = None,
         **keys: Any,
     ) -> Loading:
         answer = (speeds.read, speeds.read_cached, speeds.cache, speeds.cached_bytes)
@@ -50,7 +54,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
         training = tiny_recipe("x", "y", training={"num_train_epochs": 10, **keys}).training
         fake: Any = range(images)
         nothing: Any = None
-        return choose_loading(training, cache, fake, nothing, hardware, before)
+        return choose_loading(training, cache, fake, nothing, hardware, before, shards)
 
     return choose
 
@@ -96,9 +100,27 @@ def test_a_cache_that_would_fill_the_disk_is_left_out(measured: Any) -> None:
     assert chosen.cache is None and "data.cache=FOLDER" in chosen.choices[1].reason
 
 
+def test_a_cache_that_cannot_be_written_is_left_out(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.os, "access", lambda path, mode: mode != os.W_OK)
+    chosen = measured(replace(SPEEDS, step=1e-4), GPU)
+    assert chosen.cache is None and "cannot be written" in chosen.choices[1].reason
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(20, 3), (2, 2), (1, 1)])
+def test_a_stream_has_no_cache_and_a_shard_for_each_loader_process(
+    measured: Any, shards: int, workers: int
+) -> None:
+    chosen = measured(replace(SPEEDS, step=5e-4), GPU, shards=shards)
+    assert values(chosen) == (workers, False)
+    assert chosen.choices[1].reason == "streamed images are not kept"
+    waited = {"total": 1.0, "images": 0.4, "evaluation": 0.0, "checkpoints": 0.0}
+    assert "data.cache" not in describe_waiting(chosen, 10, waited, False)
+
+
 def test_a_single_epoch_is_not_worth_a_cache(measured: Any) -> None:
     slow_to_make = replace(SPEEDS, step=1e-4, cache=0.1)
-    assert measured(slow_to_make, GPU).cache is None
+    chosen = measured(slow_to_make, GPU)
+    assert chosen.cache is None and "too few epochs" in chosen.choices[1].reason
 
 
 @pytest.mark.parametrize("kept", ["on", "off"])
@@ -143,6 +165,52 @@ def test_measuring_reading_finds_real_costs(
     assert slow > 0.02 > cached
 
 
+@pytest.mark.parametrize("crop_scale", [None, (0.5, 1.0)])
+def test_measuring_reading_takes_what_training_takes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crop_scale: Any
+) -> None:
+    """Images are far smaller than the model's, and erasing counts on its size."""
+    section = {"crop_scale": crop_scale, "random_erasing": 1.0}
+    recipe = tiny_recipe(folder, tmp_path, augmentation=section)
+    processor = ViTImageProcessor(size={"height": 64, "width": 64})
+    images = TrainingImages(load_splits(recipe.data)["train"], processor, recipe.augmentation, 0)
+    monkeypatch.setattr(loading, "READING_SECONDS", 0.1)
+    *_, size = measure_reading(images)
+    assert (size == 3 * 64 * 64) == (crop_scale is None)
+
+
+def batches_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch_size: int, fits: int = 10**9
+) -> list[int]:
+    """The batches that a step is measured with, on a device that takes as long for many images as for few."""
+    model, _ = load_model(tiny_recipe("x", tmp_path).model, ["a", "b"])
+    forward, seen = model.forward, []
+
+    def answer(pixel_values: torch.Tensor) -> Any:
+        if len(pixel_values) > fits:
+            raise torch.OutOfMemoryError
+        seen.append(len(pixel_values))
+        time.sleep(0.03)
+        return forward(pixel_values=pixel_values)
+
+    monkeypatch.setattr(model, "forward", answer)
+    assert 0 < measure_step(model, torch.device("cpu"), None, batch_size) < 0.1
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return seen
+
+
+def test_the_step_is_measured_with_the_batch_that_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert batches_measured(monkeypatch, tmp_path, 128)[-1] == 128
+
+
+def test_a_batch_that_does_not_fit_is_measured_smaller(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert batches_measured(monkeypatch, tmp_path, 128, fits=40)[-1] == 32
+
+
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_measuring_the_step_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     recipe = tiny_recipe("x", tmp_path)
@@ -184,8 +252,16 @@ def test_the_verdict_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> Non
     assert told({"images": 40.0}, False, **cached).endswith("set training.dataloader_num_workers=7")
     assert "read at 10,000/s from the cache (2 loader processes)" in told({"images": 40.0}, False, **cached)
     assert told({"images": 40.0}, False, cache=Path("x"), num_workers=7).endswith("more cores would help")
-    assert "training.eval_strategy=steps" in told({"evaluation": 40.0})
-    assert "training.save_strategy=steps" in told({"checkpoints": 40.0})
+    for part in ("evaluation", "checkpoints"):
+        words = re.search(r"\((training\S+) (training\S+)\)$", told({part: 40.0}))
+        assert words, told({part: 40.0})
+        # As a shell would read them, they are a recipe's.
+        overrides = [
+            word.replace("{eval,save}", name).replace("…", "100")
+            for word in words.groups()
+            for name in ("eval", "save")
+        ]
+        assert load_recipe("digits", overrides).training.eval_strategy == "steps"
 
 
 @pytest.mark.slow

@@ -65,14 +65,14 @@ def plan_loading(
     before: dict[str, Any] | None = None,
 ) -> Loading:
     """How images are loaded, the same in every process; its choices join the machine's."""
-    training, cache = recipe.training, recipe.data.cache
+    training, shards = recipe.training, None
     if isinstance(data, PreparedStream):
-        cache = "off"
+        shards = data.train.stream.rows.num_shards // PartialState().num_processes
         if before:  # who reads a stream decides its order
             training = keep_workers(training, before)
     # Each process measures, the main one decides.
     loading: Loading = broadcast_object_list(
-        [choose_loading(training, cache, train, model, hardware, before)]
+        [choose_loading(training, recipe.data.cache, train, model, hardware, before, shards)]
     )[0]
     hardware.choices += loading.choices
     return loading

@@ -68,6 +68,11 @@ class DataConfig(Section):
     cache: str = "auto"
     """Keep training images shrunk to just above training size: `auto` where it pays, `off`, or a folder."""
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads `off` as false
+
     @field_validator("fold")
     @classmethod
     def _is_fold(cls, value: str | None) -> str | None:
@@ -210,6 +215,8 @@ class TrainingConfig(Section):
     bf16: bool | Literal["auto"] = "auto"
     fp16: bool | Literal["auto"] = "auto"
     dataloader_num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    dataloader_persistent_workers: bool = True
+    """Loader processes live through all epochs."""
     use_cpu: bool = False
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"

@@ -7,12 +7,12 @@ everything there.
 
 from __future__ import annotations
 
-import mmap
 import os
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from vit_finetune.console import progress
 from vit_finetune.data.images import EncodedImage
-from vit_finetune.run import RunError, is_disk_full, written_whole
+from vit_finetune.run import RunError, written_whole
 
 FORMAT = 1
 """Counted up when the same name would mean other pixels."""
@@ -97,7 +97,7 @@ class CachedImages:
 
     def __init__(self, packs: Sequence[Path], rows: np.ndarray) -> None:
         self.packs, self.rows = list(packs), rows
-        self._maps: list[mmap.mmap | None] = [None] * len(self.packs)
+        self._maps: list[torch.Tensor | None] = [None] * len(self.packs)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,17 +106,28 @@ class CachedImages:
         return {**self.__dict__, "_maps": [None] * len(self.packs)}
 
     def open(self, index: int) -> CachedImage:
-        """One image."""
+        """One image.
+
+        Raises:
+            RunError: somebody deleted the cache.
+        """
         pack, offset, height, width, *size = self.rows[index].tolist()
-        pixels = torch.frombuffer(self._map(pack), dtype=torch.uint8, count=3 * height * width, offset=offset)
+        pixels = self._map(pack)[offset : offset + 3 * height * width]
         return CachedImage(pixels.view(height, width, 3).permute(2, 0, 1), (size[0], size[1]))
 
-    def _map(self, pack: int) -> mmap.mmap:
+    def _map(self, pack: int) -> torch.Tensor:
         mapped = self._maps[pack]
         if mapped is None:
-            with self.packs[pack].open("rb") as file:
-                # Copied where written to: torch wants writable memory, and the file stays as it is.
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            path = self.packs[pack]
+            try:
+                # Unlike Python's mmap it keeps no file open: a large cache has more packs than a process may
+                # open files. Not shared: what is written to is copied, and the file stays as it is.
+                mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            except (OSError, RuntimeError) as error:
+                raise RunError(
+                    f"{path}: the image cache changed while it was in use ({error}). Say the same again: "
+                    f"what is missing is made again, and `train` goes on with --resume"
+                ) from error
             self._maps[pack] = mapped
         return mapped
 
@@ -156,8 +167,6 @@ class PixelCache:
                     self._fill(open_image, digests, sorted(missing))
                     found = self._read_index()
             except OSError as error:
-                if is_disk_full(error):
-                    raise
                 raise RunError(
                     f"{self.folder}: the image cache cannot be written: {error.strerror or error}. Write "
                     f"data.cache=off, or a folder that can be written to"
@@ -266,11 +275,12 @@ class _Pack:
         os.fsync(self.file.fileno())
         self.file.close()
         if self.size:
-            self.aside.replace(self.path)
             with written_whole(self.path.with_suffix(".parquet")) as temporary:
                 pyarrow.parquet.write_table(pa.table(self.index), temporary)
+                self.aside.replace(self.path)
 
     def discard(self) -> None:
         """Forgets what has not been closed."""
-        self.file.close()
         self.aside.unlink(missing_ok=True)
+        with suppress(OSError):  # on a full disk closing writes once more, and fails once more
+            self.file.close()

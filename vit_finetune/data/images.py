@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import warnings
@@ -24,6 +25,9 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data")
 class UnreadableImage(ValueError):
     """An image that cannot be decoded; its text says why, without the file's name."""
 
+
+_ON_ITS_SIDE = (5, 6, 7, 8)
+"""Values of EXIF's tag 0x0112 with which height and width change places."""
 
 BROKEN = (
     *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError),
@@ -56,17 +60,25 @@ class EncodedImage:
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
                 self._is_jpeg = colours in ("YCbCr", "Gray") and height * width <= _LARGEST
                 size = (height, width)
-        if not self._is_jpeg or data.find(b"Exif\0", 0, 1 << 16) >= 0:
+        # Pillow takes the orientation from EXIF or else from XMP, which may lie behind many segments.
+        if not self._is_jpeg or b"Exif\0" in data or b"tiff:Orientation" in data:
             with _explained():
                 image = Image.open(io.BytesIO(data))
                 self._orientation = image.getexif().get(0x0112, 1)
                 size = (image.height, image.width)
+                if getattr(image, "tag_v2", {}).get(0x0112) in _ON_ITS_SIDE:
+                    size = size[::-1]  # of a TIFF, Pillow tells the size that it will have when turned
         assert size is not None  # one of the two readers told it, or raised
         self._stored = size
-        self.size = size[::-1] if self._orientation in (5, 6, 7, 8) else size
+        self.size = size[::-1] if self._orientation in _ON_ITS_SIDE else size
 
     size: tuple[int, int]
     """Height and width in pixels, EXIF orientation applied."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the file's content."""
+        return hash_content(self._data)
 
     def decode(self, shrink: int = 1) -> torch.Tensor:
         """The RGB pixels: uint8 `(3, height, width)`, EXIF orientation applied; channels lie last in memory.
@@ -94,9 +106,14 @@ class EncodedImage:
             return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
 
 
+def hash_content(data: bytes) -> str:
+    """What an image is known by, wherever its file lies: 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 def _turn(image: torch.Tensor, orientation: int) -> torch.Tensor:
     """The image upright: `(3, height, width)`, turned and mirrored as EXIF's tag 0x0112 says."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _ON_ITS_SIDE:
         image = image.transpose(1, 2)
     flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
     return image.flip(flipped) if flipped else image

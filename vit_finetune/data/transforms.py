@@ -23,7 +23,7 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 
 from vit_finetune.data.augmentation import Augmentation, generator_of
 from vit_finetune.data.cache import PixelCache, cached_edge, shrink
-from vit_finetune.data.images import EncodedImage
+from vit_finetune.data.images import EncodedImage, UnreadableImage
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.webdataset import read_encoded
 from vit_finetune.recipe import AugmentationConfig
@@ -154,24 +154,43 @@ class TrainingImages(Dataset[dict[str, Any]]):
     def read_from_cache(self, folder: Path, digests: Sequence[str]) -> None:
         """Takes pixels from a cache from now on; fills it first where images are missing.
 
-        With random crops images are kept at `cached_edge`, else as evaluation sees them, exactly.
-
         Args:
             folder: where caches lie.
             digests: content hash of each image.
 
         Raises:
-            RunError: the folder cannot be written.
+            RunError: the folder cannot be written, or an image is not what it was when it was hashed.
         """
-        self.pictures = self._cache(folder).images(self.files.open, digests)
 
-    def _cache(self, folder: Path) -> PixelCache:
+        def open_unchanged(row: int) -> EncodedImage:
+            try:
+                picture = self.files.open(row)
+                if picture.digest == digests[row]:
+                    return picture
+                problem = "its content is not what it was when it was looked at"
+            except (OSError, UnreadableImage) as error:
+                problem = str(error)
+            # Kept under the hash that it had, another image would pass for it for ever.
+            raise RunError(
+                f"{self.files.images[row]['image']['path']}: {problem}. Leave the images as they are while "
+                f"training begins; if nobody changed this one just now, `touch` it, and start again"
+            )
+
         if self.augment.config.crop_scale is not None:
-            edge = cached_edge(self.augment.size)
-            return PixelCache(folder, f"shortest-edge-{edge}", partial(shrink, edge=edge))
-        settings = repr(sorted(self.processor.to_dict().items())).encode()
-        name = f"evaluation-{hashlib.blake2b(settings, digest_size=8).hexdigest()}"
-        return PixelCache(folder, name, lambda picture: self.augment.resize(picture.decode()))
+            name = f"shortest-edge-{cached_edge(self.augment.size)}"
+        else:
+            settings = repr(sorted(self.processor.to_dict().items())).encode()
+            name = f"evaluation-{hashlib.blake2b(settings, digest_size=8).hexdigest()}"
+        self.pictures = PixelCache(folder, name, self.prepare).images(open_unchanged, digests)
+
+    def prepare(self, picture: EncodedImage) -> torch.Tensor:
+        """The pixels that a cache keeps of an image, uint8 `(3, height, width)`.
+
+        With random crops shrunk to `cached_edge`, else exactly as evaluation sees it.
+        """
+        if self.augment.config.crop_scale is None:
+            return self.augment.resize(picture.decode())
+        return shrink(picture, cached_edge(self.augment.size))
 
     def unaugmented(self, index: int) -> torch.Tensor:
         """An image as evaluation sees it: uint8 `(3, height, width)`."""

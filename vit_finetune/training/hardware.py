@@ -7,8 +7,8 @@ import platform
 import resource
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ LARGEST_AUTOMATIC_BATCH = 128
 
 STEP_SECONDS = 0.5
 """How long a training step is measured for, beside warming up."""
+AS_BEFORE = "as when the run began"
+"""Why a resumed run chooses what it chooses."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ def choose_hardware(
     bf16, fp16, precision = _choose_precision(training, config, model, use_cpu)
     attention = _choose_attention(config, model, use_cpu, bf16)
     batch = _choose_batch(training, model, use_cpu)
-    return Hardware(use_cpu, bf16, fp16, attention.value, int(batch.value), [precision, attention, batch])
+    choices = [precision, attention, batch]
+    if before:
+        choices = [replace(choice, reason=AS_BEFORE) for choice in choices]
+    return Hardware(use_cpu, bf16, fp16, attention.value, int(batch.value), choices)
 
 
 def _choose_precision(
@@ -151,7 +156,8 @@ def measure_step(
         model: is moved to the device.
         device: to compute on.
         autocast: bfloat16, float16 or None for float32.
-        batch_size: most images at a time; fewer where they would take more than `STEP_SECONDS`.
+        batch_size: most images at a time; fewer where they would take more than `STEP_SECONDS`, or more
+            memory than there is (training may do with less, recomputing activations).
     """
     model.to(device)
     was_training = model.training
@@ -170,14 +176,19 @@ def measure_step(
 
     with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
         step(2)
-        # A large model on a CPU takes seconds for a batch: then a smaller one has to do.
-        each = step(2) / 2
-        count = max(2, min(batch_size, int(STEP_SECONDS / each)))
-        if count > 2:
-            step(count)
-            each = min(step(count), step(count)) / count
+        each, count = step(2) / 2, 2
+        # A large model on a CPU takes seconds for a batch: then a smaller one has to do. On a GPU a few
+        # images take as long as many, so that how many there is time for only shows step by step.
+        with suppress(torch.OutOfMemoryError):
+            while (more := min(4 * count, batch_size, int(STEP_SECONDS / each))) > count:
+                step(more)
+                each, count = step(more) / more, more
+            each = min(each, step(count) / count)
     model.zero_grad(set_to_none=True)
     model.train(was_training)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # `peak_memory` is that of training
     return each
 
 

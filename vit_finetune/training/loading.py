@@ -6,21 +6,22 @@ And afterwards what a run waited for, in one line.
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from vit_finetune.data.cache import CachedImage, cached_edge, shrink
+from vit_finetune.data.cache import CachedImage
 from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.transforms import TrainingImages, TrainingIndex, cores_here
 from vit_finetune.recipe import TrainingConfig
-from vit_finetune.training.hardware import Choice, Hardware, measure_step
+from vit_finetune.training.hardware import AS_BEFORE, Choice, Hardware, measure_step
 
 READING_SECONDS = 0.25
 """How long reading is measured for, from the files and once more from the cache."""
@@ -30,6 +31,8 @@ HEADROOM = 1.25
 """Loader processes by what the step needs on average: images differ in size, and processes share cores."""
 CONTENTION = 0.35
 """On a CPU, reading time by step time from which a loader process gains more than it takes from the step."""
+RARER = "training.{eval,save}_strategy=steps training.{eval,save}_steps=…"
+"""How to evaluate and save more rarely than every epoch; the best checkpoint needs both at the same steps."""
 DISK_SHARE = 0.5
 """Share of the free disk that an automatic cache may fill."""
 
@@ -61,6 +64,8 @@ class Loading:
     cache: Path | None
     """Where shrunk images are kept; None reads the files."""
     speeds: Speeds
+    streams: bool = False
+    """Whether images are streamed, so that none can be kept."""
     choices: list[Choice] = field(default_factory=list)
 
 
@@ -71,6 +76,7 @@ def choose_loading(
     model: PreTrainedModel,
     hardware: Hardware,
     before: dict[str, Any] | None = None,
+    shards: int | None = None,
 ) -> Loading:
     """What the recipe says, and for what it leaves `auto` the best by measuring reading against the step.
 
@@ -83,12 +89,17 @@ def choose_loading(
         model: to be trained; is moved to the training device.
         hardware: what was chosen so far.
         before: provenance of the run that is resumed; its cache, which changes pixels a little, is kept.
+        shards: of a stream, those that each process reads; None where images are held.
     """
     step = measure_step(model, hardware.device, hardware.autocast, hardware.batch_size)
     speeds = Speeds(*measure_reading(images), step)
     cores = cores_here()
     workers = _choose_workers(training, hardware.use_cpu, speeds.read, speeds.step, cores)
-    kept = _choose_cache(cache, training, len(images), speeds, int(workers.value), cores, before)
+    if shards is not None:
+        kept = Choice("image cache", "off", "streamed images are not kept")
+        workers = _limit_workers(workers, max(1, shards), resumed=before is not None)
+    else:
+        kept = _choose_cache(cache, training, len(images), speeds, int(workers.value), cores, before)
     if kept.value != "off" and training.dataloader_num_workers == "auto":
         workers = _choose_workers(training, hardware.use_cpu, speeds.read_cached, speeds.step, cores)
     count = int(workers.value)
@@ -100,6 +111,7 @@ def choose_loading(
         pinned,
         None if kept.value == "off" else _cache_folder(cache),
         speeds,
+        shards is not None,
         [workers, kept],
     )
 
@@ -116,6 +128,15 @@ def _choose_workers(training: TrainingConfig, use_cpu: bool, read: float, step: 
     return Choice(name, str(count), f"{measured}; {cores} cores")
 
 
+def _limit_workers(workers: Choice, shards: int, resumed: bool) -> Choice:
+    """No more loader processes than there are shards to read."""
+    if resumed:
+        return replace(workers, reason=AS_BEFORE)
+    if int(workers.value) <= shards:
+        return workers
+    return replace(workers, value=str(shards), reason=f"{workers.reason}, but no more than shards")
+
+
 def _choose_cache(
     asked: str,
     training: TrainingConfig,
@@ -130,21 +151,26 @@ def _choose_cache(
     if asked != "auto":
         return Choice(name, "off" if asked == "off" else "on", "the recipe says so")
     if earlier is not None:
-        return Choice(name, earlier, "as when the run began")
+        return Choice(name, earlier, AS_BEFORE)
     epochs = training.num_train_epochs
     waiting = waiting_seconds(speeds.read, speeds.step, workers)
     saved = waiting - waiting_seconds(speeds.read_cached, speeds.step, workers)
     share = saved / (speeds.step + waiting)
-    if share < WORTH or saved * epochs < 2 * speeds.cache / cores:
+    if share < WORTH:
         return Choice(name, "off", f"it would save {max(share, 0):.0%} of the time")
-    size, free = speeds.cached_bytes * images, shutil.disk_usage(_existing(_cache_folder(asked))).free
-    if size > DISK_SHARE * free:
-        return Choice(
-            name,
-            "off",
-            f"it would save {share:.0%} of the time, but take {size / 1e9:.1f} of {free / 1e9:.1f} GB free; "
-            f"data.cache=FOLDER puts it elsewhere",
-        )
+    if saved * epochs < 2 * speeds.cache / cores:
+        reason = f"it would save {share:.0%} of the time, but too few epochs to make up for filling it"
+        return Choice(name, "off", reason)
+    place = _existing(_cache_folder(asked))
+    size, free = speeds.cached_bytes * images, shutil.disk_usage(place).free
+    problem = ""
+    if not os.access(place, os.W_OK):
+        problem = f"{place} cannot be written"
+    elif size > DISK_SHARE * free:
+        problem = f"take {size / 1e9:.1f} of {free / 1e9:.1f} GB free"
+    if problem:
+        reason = f"it would save {share:.0%} of the time, but {problem}; data.cache=FOLDER puts it elsewhere"
+        return Choice(name, "off", reason)
     return Choice(name, "on", f"saves {share:.0%} of the time, takes {size / 1e9:.2f} GB")
 
 
@@ -194,12 +220,11 @@ def measure_reading(images: TrainingImages) -> tuple[float, float, float, float]
     torch.set_num_threads(1)  # as in a loader process
     try:
         read, seen = _seconds_each(lambda row: images[TrainingIndex(0, row)], list(rows))
-        edge = cached_edge(images.augment.size)
         kept: dict[int, CachedImage] = {}
 
         def keep(row: int) -> None:
             picture = images.files.open(row)
-            pixels = shrink(picture, edge).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+            pixels = images.prepare(picture).permute(1, 2, 0).contiguous().permute(2, 0, 1)
             kept[row] = CachedImage(pixels, picture.size)
 
         into, seen = _seconds_each(keep, seen)
@@ -254,14 +279,18 @@ def describe_waiting(loading: Loading, images: int, seconds: dict[str, float], u
 def _advice(loading: Loading, parts: dict[str, float], use_cpu: bool) -> str:
     if parts["images"] >= WORTH:
         cores, workers = cores_here(), loading.num_workers
-        if loading.cache is None and loading.speeds.read_cached < 0.7 * loading.speeds.read:
+        if (
+            loading.cache is None
+            and not loading.streams
+            and loading.speeds.read_cached < 0.7 * loading.speeds.read
+        ):
             faster = loading.speeds.read / loading.speeds.read_cached
             return f"data.cache=FOLDER would read {faster:.1f} times faster"
         if workers < cores - 1 and not (use_cpu and workers):
             return f"set training.dataloader_num_workers={cores - 1}"
         return "more cores would help"
     if parts["evaluation"] >= 0.3:
-        return "evaluate less often (training.eval_strategy=steps, training.eval_steps=…)"
+        return f"evaluate less often ({RARER})"
     if parts["checkpoints"] >= WORTH:
-        return "save less often (training.save_strategy=steps, training.save_steps=…)"
+        return f"save less often ({RARER})"
     return "nothing to change, the model is the limit"

@@ -31,6 +31,7 @@ PACKAGES = [
     "numpy",
     "pillow",
     "scikit-learn",
+    "simplejpeg",
 ]
 """Packages whose versions can change a result."""
 
@@ -76,7 +77,7 @@ def describe_start(
             f"{recipe.data.path}: the images are not those that the run was started with, so it cannot be "
             f"resumed. Start another run with training.output_dir=…"
         )
-    return facts
+    return (before or {}) | facts  # what was spent so far stays, also where this session is killed
 
 
 def describe_training(
@@ -87,6 +88,8 @@ def describe_training(
     before: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What is known after the last step: seconds, images per second (whole loop), bytes, best checkpoint.
+
+    `train_seconds` are those of all sessions of a run that was resumed; the rest is of the last that trained.
 
     Args:
         trainer: after training.
@@ -99,7 +102,7 @@ def describe_training(
     images = trainer.seen_images
     state = trainer.state
     chosen = trainer.args.load_best_model_at_end  # else the last weights are kept, whatever scored best
-    return {
+    facts = {
         "train_seconds": round(metrics["train_runtime"] + (before or {}).get("train_seconds", 0.0), 2),
         "images_per_second": round(metrics["train_samples_per_second"], 2),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -112,3 +115,6 @@ def describe_training(
         if chosen
         else None,
     }
+    if before and not images:  # all was trained already, and only scoring was left to do
+        facts |= {name: before[name] for name in facts if name in before}
+    return facts

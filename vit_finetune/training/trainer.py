@@ -59,13 +59,15 @@ def build_arguments(
         "dataloader_num_workers": loading.num_workers,
         "dataloader_prefetch_factor": loading.prefetch_factor,
         "dataloader_pin_memory": loading.pin_memory,
-        "dataloader_persistent_workers": loading.num_workers > 0,
+        "dataloader_persistent_workers": training.dataloader_persistent_workers and loading.num_workers > 0,
         "per_device_train_batch_size": hardware.batch_size,
         "per_device_eval_batch_size": eval_batch_size,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,  # our own bar shows loss and images/s
     }
+    if not loading.num_workers:  # torch refuses it where no process is started
+        values["dataloader_multiprocessing_context"] = None
     # The Trainer's new name for it; the old one warns.
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in values:
@@ -153,6 +155,13 @@ class ViTTrainer(Trainer):
         with self._clocked("evaluation"), torch.random.fork_rng(devices=[]):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; of a run resumed at its end none, where the Trainer would make a step too many."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     # -- data
 

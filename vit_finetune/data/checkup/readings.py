@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections import deque
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 
 from vit_finetune.console import progress
-from vit_finetune.data.images import BROKEN, UnreadableImage, decode_image
+from vit_finetune.data.images import BROKEN, UnreadableImage, decode_image, hash_content
 from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.sources.columns import Source
 from vit_finetune.data.sources.webdataset import is_member_path, read_encoded
@@ -126,7 +125,7 @@ def read_images(source: Source, config: DataConfig) -> dict[str, pa.Table]:
 
 def hash_text(text: str | bytes) -> str:
     """A content hash: 32 hexadecimal digits."""
-    return hashlib.blake2b(text.encode() if isinstance(text, str) else text, digest_size=16).hexdigest()
+    return hash_content(text.encode() if isinstance(text, str) else text)
 
 
 def memory_path(what: str, config: DataConfig) -> Path:
@@ -208,7 +207,7 @@ def _read(image: dict[str, Any] | None) -> Reading:
             data = read_encoded(image)
         except OSError as error:
             return Reading("", f"cannot be opened: {error.strerror}")
-    digest = hash_text(data)
+    digest = hash_content(data)
     try:
         pixels = decode_image(data)  # (3, H, W)
     except UnreadableImage as error:
