@@ -16,6 +16,7 @@ from vit_finetune.data.checkup.image_findings import Images, find_odd_images, fi
 from vit_finetune.data.checkup.pictures import open_image
 from vit_finetune.data.checkup.readings import memory_path, read_images
 from vit_finetune.data.checkup.set_findings import (
+    describe_alike,
     describe_listing,
     find_class_faults,
     find_duplicates,
@@ -61,7 +62,8 @@ def check_up(source: Source, config: DataConfig) -> Checkup:
     readings = read_images(source, config)
     images = gather_images(source, readings)
     equal = group_equal(images.digests)
-    pairs = _near_pairs(source, images, config)
+    near_pairs = _near_pairs(source, images, config)
+    pairs = np.empty((0, 2), np.int64) if near_pairs is None else near_pairs
     splits_hold = config.splits is None
     near = _with_copies(group_linked(pairs, len(images.ids)), equal)
     findings = [
@@ -70,6 +72,7 @@ def check_up(source: Source, config: DataConfig) -> Checkup:
         *find_class_faults(images, config),
         *find_duplicates(images, _readable(equal, images), False, splits_hold),
         *find_duplicates(images, near, True, splits_hold),
+        *([describe_alike(len(images.ids))] if near_pairs is None else []),
         *find_odd_images(images),
         *describe_listing(source.notices),
         *excluded,
@@ -189,8 +192,9 @@ def exclude_images(source: Source, config: DataConfig) -> tuple[Source, list[Fin
 # --------------------------------------------------------------------------- steps
 
 
-def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarray:
-    """Pairs of rows `(n, 2)` that show the same picture; of equal files, the first stands for all."""
+def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarray | None:
+    """Pairs of rows `(n, 2)` that show the same picture; of equal files, the first stands for all. None where
+    all are alike."""
     hashes = images.readings["phash"]
     _, first = np.unique(images.digests.dictionary_encode().indices.to_numpy(), return_index=True)
     rows = first[hashes.is_valid().to_numpy()[first] & ~images.column("blank")[first]]
@@ -211,7 +215,7 @@ def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarra
             memory_path("duplicates", config),
         )
         advance()
-    return np.asarray(rows[pairs])
+    return None if pairs is None else np.asarray(rows[pairs])
 
 
 def _readable(groups: list[np.ndarray], images: Images) -> list[np.ndarray]:

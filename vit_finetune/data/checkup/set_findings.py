@@ -80,6 +80,17 @@ def find_duplicates(
     return [finding for finding in found if finding.count]
 
 
+def describe_alike(count: int) -> Finding:
+    """A note that near duplicates were not told from the many images that only look alike."""
+    return Finding(
+        kind="all-alike",
+        severity="note",
+        message="so many images look alike that near duplicates cannot be told from others",
+        advice="If they are frames of videos or several pictures of one thing, name these with data.group",
+        count=count,
+    )
+
+
 class _Sets:
     """Sets of images that are the same, gathered for one finding."""
 
