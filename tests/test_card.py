@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from markdown_it import MarkdownIt
 
 from vit_finetune.publishing.card import build_card, write_card
 from vit_finetune.publishing.redaction import escape_markdown, values_without_paths, without_paths
-from vit_finetune.run import Finding, Report, Run, write_text
+from vit_finetune.publishing.report import build_report
+from vit_finetune.run import Finding, Report, Run, write_json, write_text
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -275,6 +277,14 @@ def test_data_without_faults_and_data_that_nobody_checked(tmp_path: Path) -> Non
     assert "The checkup of the data found nothing to warn of." in build_card(run)
     run.findings.unlink()
     assert "The data was not checked." in build_card(run)
+
+
+def test_training_images_that_were_streamed_were_not_checked(tmp_path: Path) -> None:
+    run = write_finished_run(tmp_path)
+    facts = json.loads(run.provenance.read_text(encoding="utf-8"))
+    write_json(run.provenance, facts | {"data": facts["data"] | {"streaming": True}})
+    said = "The training images were streamed: the checkup did not look at them."
+    assert said in build_card(run) and said in build_report(run)
 
 
 @pytest.mark.parametrize("number", [2, 120])

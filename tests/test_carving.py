@@ -12,7 +12,8 @@ from drawn_data import Drawn, carve_ids, components, draw, hash_of, ids_of, spli
 from sklearn.model_selection import StratifiedGroupKFold
 
 from vit_finetune.data.sources.columns import Source, column_values
-from vit_finetune.data.splits.carving import carve, drop_leaks
+from vit_finetune.data.splits.carving import carve
+from vit_finetune.data.splits.leaks import drop_leaks
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -338,3 +339,33 @@ def test_leaks_are_left_out_before_anything_is_carved() -> None:
     assert sum(map(len, splits.values())) == 41
     assert "train/3" not in split_by_id(ids_of(splits))
     assert source.notices == ["1 image of train left out, the same as images of test: train/3"]
+
+
+def test_a_class_that_leaves_nothing_to_train_on_is_named() -> None:
+    # The only image of c2 is a copy of one that the test holds.
+    train = Drawn(
+        [f"train/{n}" for n in range(41)], [*(n % 2 for n in range(40)), 2], digests=[*map(str, range(41))]
+    )
+    test = Drawn(["test/0", "test/1", "test/2"], [0, 1, 2], digests=["x", "y", "40"])
+    source = Source("folder", {"train": train.dataset(), "test": test.dataset()}, ["c0", "c1", "c2"])
+    with pytest.raises(RunError, match="drawn: no image of c2 is left to train on, but test has some"):
+        carve(source, DataConfig(path="drawn"))
+
+
+def test_a_class_within_groups_of_others_is_not_carved_away() -> None:
+    # Each image of c1 is in a group of c0; were all of these groups carved out, nobody would learn c1.
+    lost = 0
+    for seed in range(40):
+        drawn = Drawn(
+            [str(n) for n in range(40)],
+            [int(n < 3) for n in range(40)],
+            [str(n % 20) for n in range(40)],
+        )
+        try:
+            splits = carve_ids(drawn, split_seed=seed, validation_fraction=0.4, test_fraction=0.4)
+        except RunError as error:
+            assert "no image of c1 is left to train on, but" in str(error)
+            lost += 1
+            continue
+        assert {"0", "1", "2"} & set(splits["train"])
+    assert 0 < lost < 40

@@ -24,6 +24,15 @@ def test_messages_are_shown_on_stderr_as_they_are(capsys: pytest.CaptureFixture[
     assert err == f"{text}\nwarning: {text}\nerror: {text}\n"
 
 
+def test_names_of_files_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2J\x1b]0;title\x07\x9b31m\r\u202egnp.jpg"
+    for tell in (console.say, console.warn, console.fail):
+        tell(name)
+    console.show_table("images", ["image"], [[name]])
+    err = capsys.readouterr().err
+    assert not set("\x1b\x07\x9b\r\u202e") & set(err) and err.count("gnp.jpg") == 4
+
+
 def test_only_the_main_process_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

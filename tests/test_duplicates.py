@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from planted_faults import draw_scene
 
 from vit_finetune.data.checkup import duplicates
@@ -23,6 +25,8 @@ from vit_finetune.data.checkup.duplicates import (
     group_linked,
     similarity,
 )
+from vit_finetune.data.splits.prepared import prepare_splits
+from vit_finetune.recipe import DataConfig
 
 
 def pixels(seed: int, size: tuple[int, int] = (72, 56)) -> torch.Tensor:
@@ -133,3 +137,28 @@ def test_a_crowd_with_one_hash_is_compared_with_its_first_only(tmp_path: Path) -
     scenes = [pixels(1)] * 5 + [pixels(2)] * 300
     assert len(duplicates._candidates(np.full(305, 9, np.uint64))) == 304
     assert near(scenes, [9] * 305, tmp_path / "memory") == [[0, row] for row in range(1, 5)]
+
+
+def test_a_search_among_pictures_that_are_all_alike_ends_early() -> None:
+    hashes = np.zeros(4_000, np.uint64) + np.arange(4_000, dtype=np.uint64) % np.uint64(2)
+    started = time.perf_counter()
+    assert len(close_pairs(hashes, most=40_000)) > 40_000  # of 8 million
+    assert time.perf_counter() - started < 5
+
+
+def test_pictures_that_are_alike_by_nature_are_neither_named_nor_kept_together(tmp_path: Path) -> None:
+    scene = np.asarray(draw_scene(1)).astype(int)
+    for number in range(40):
+        folder = tmp_path / "photos" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        brighter = Image.fromarray(np.clip(scene + number, 0, 255).astype(np.uint8))
+        brighter.save(folder / f"{number}.png")
+    config = DataConfig(path=str(tmp_path / "photos"))
+    for _ in range(2):
+        data = prepare_splits(config)
+        assert [(f.kind, f.severity) for f in data.findings.findings] == [("all-alike", "note")]
+        assert {name: len(split) for name, split in data.splits.items()} == {
+            "train": 32,
+            "validation": 4,
+            "test": 4,
+        }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import draw_folder, draw_image
 from PIL import Image
+from shard_files import write_tars
 from test_images import ENCODED, PHOTO, encode, png_header
 
 from vit_finetune.data.checkup import readings
@@ -103,6 +104,31 @@ def test_files_that_went_away_since_they_were_listed(folder: Path) -> None:
         "red/3.png": "cannot be opened: No such file or directory",
         "red/4.png": "cannot be opened: Is a directory",
     }
+
+
+def test_pipes_and_devices_are_not_read(folder: Path) -> None:
+    os.mkfifo(folder / "blue" / "pipe.png")
+    (folder / "red" / "zero.jpg").symlink_to("/dev/zero")
+    config = DataConfig(path=str(folder))
+    assert problems(check_up(load_source(config), config)) == dict.fromkeys(
+        ("blue/pipe.png", "red/zero.jpg"), "is a pipe or device"
+    )
+
+
+def test_of_shards_the_second_pass_reads_nothing_but_what_changed(
+    tmp_path: Path, decoded: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tars(tmp_path, [5, 4])
+    first = check(folder)
+    assert len(decoded) == 9
+    decoded.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(readings, "read_encoded", None)
+        second = check(folder)
+    assert column_values(second.splits["all"], "digest") == column_values(first.splits["all"], "digest")
+    write_tars(tmp_path, [6])
+    check(folder)
+    assert len(decoded) == 6
 
 
 def test_the_second_pass_decodes_nothing_but_what_changed(broken: Path, decoded: list[bytes]) -> None:

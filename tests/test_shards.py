@@ -6,6 +6,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import draw_folder
 from shard_files import NAMES, draw_png, sample, write_parquet, write_tar, write_tars
@@ -99,9 +101,19 @@ def test_without_names_the_ids_are_the_classes(tmp_path: Path) -> None:
     assert load(tmp_path / "a.tar").labels == [str(n) for n in range(12)]
 
 
-@pytest.mark.parametrize("text", ["a\n\nb\n", "a\na\n"])
-def test_class_names_that_cannot_be_ids(tmp_path: Path, text: str) -> None:
-    (tmp_path / "classes.txt").write_text(text)
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("txt", "a\n\nb\n"),
+        ("txt", "a\na\n"),
+        ("txt", "a\n"),
+        ("json", '"ab"'),
+        ("json", "7"),
+        ("json", '{"1": "a"}'),
+    ],
+)
+def test_class_names_that_cannot_be_ids(tmp_path: Path, suffix: str, text: str) -> None:
+    (tmp_path / f"classes.{suffix}").write_text(text)
     with pytest.raises(RunError, match="one distinct class name for each id"):
         read_class_names(tmp_path)
 
@@ -346,6 +358,19 @@ def test_parquet_splits_by_name(tmp_path: Path) -> None:
         ("train", "validation", "test"), 6
     )
     assert ImageFiles(source.splits["test"])[0].equal(decode_image(draw_png(12)))
+
+
+def test_a_shard_does_not_decide_which_files_are_read(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "private")
+    rows = [
+        {"bytes": draw_png(0), "path": "0.png"},
+        {"bytes": None, "path": str(tmp_path / "private/red/0.png")},
+    ]
+    shard = tmp_path / "shards" / "a.parquet"
+    shard.parent.mkdir()
+    pq.write_table(pa.table({"image": rows, "label": ["cat", "dog"]}), shard)
+    with pytest.raises(RunError, match=r"holds the name of a file, .*red/0.png', where the column image"):
+        load(shard.parent)
 
 
 def test_one_parquet_file_and_a_broken_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from conftest import draw_folder
 from drawn_data import Drawn, draw, ids_of
@@ -16,7 +17,7 @@ from vit_finetune.data.splits.carving import carve, load_splits
 from vit_finetune.data.splits.files import read_splits, save_splits
 from vit_finetune.data.splits.prepared import prepare_splits
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import Run, RunError
+from vit_finetune.run import Finding, Findings, FoundImage, Run, RunError
 
 
 def save(drawn: Drawn, folder: Path, **options: Any) -> datasets.DatasetDict:
@@ -111,7 +112,8 @@ def test_one_file_moves_images_between_the_splits_of_a_folder(tmp_path: Path) ->
         "test": ["train/blue/0.png"],
     }
     assert [finding.message for finding in data.findings.findings if finding.kind == "listing"] == [
-        f"4 images that data.splits={path} does not name left out: test/blue/1.png, test/green/0.png, train/blue/1.png …"
+        f"4 images that data.splits={path} does not name left out: test/blue/1.png, test/green/0.png, train/blue/1.png …",
+        f"1 image of train kept because data.splits={path} names them, though the same as images of test: test/blue/0.png",
     ]
 
 
@@ -126,6 +128,74 @@ def test_rows_that_are_counted_in_each_split_of_a_hub_dataset(tmp_path: Path) ->
     again = repeat(source(), tmp_path)
     assert ids_of(again) == ids_of(splits)
     assert all(column_values(again[name], "label") == column_values(splits[name], "label") for name in splits)
+
+
+def test_images_that_are_excluded_or_unreadable_stay_left_out(tmp_path: Path) -> None:
+    photos = draw_folder(tmp_path / "photos", classes=2, per_class=10)
+    config = DataConfig(path=str(photos), splits=str(tmp_path / "run"))
+    before = load_splits(DataConfig(path=str(photos)))
+    save_splits(before, Run(tmp_path / "run"))
+    excluded, unreadable, absent = column_values(before["train"], "id")[:3]
+    (photos / unreadable).write_bytes(b"no image")
+    image = FoundImage(split="all", id=excluded)
+    finding = Finding(kind="blank", severity="warning", message="x", count=1, images=[image], exclude=[image])
+    document = tmp_path / "findings.json"
+    document.write_text(Findings(path="x", num_images={}, findings=[finding]).to_json())
+    config = config.model_copy(update={"exclude": str(document), "on_unreadable": "skip"})
+    splits = ids_of(prepare_splits(config).splits)
+    assert splits["train"] == column_values(before["train"], "id")[2:]
+    assert {name: splits[name] for name in ("validation", "test")} == {
+        name: column_values(before[name], "id") for name in ("validation", "test")
+    }
+    (photos / absent).unlink()
+    with pytest.raises(RunError, match=f"1 of 20 images that it names are not in .*: {absent}"):
+        prepare_splits(config)
+
+
+def test_a_split_that_is_excluded_whole(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.csv", "0.jpg,c0,train", "1.jpg,c1,train", "2.jpg,c0,val", "3.jpg,c1,val")
+    source = TEN.source()
+    source = source.without({"all": np.isin(np.arange(10), [2, 3])})
+    with pytest.raises(RunError, match="all images of validation are excluded or cannot be read"):
+        repeat(source, path)
+
+
+def test_what_is_left_out_does_not_change_where_rows_of_the_hub_are_looked_for(tmp_path: Path) -> None:
+    def source() -> Source:
+        train = Drawn([str(n) for n in range(40)], [n % 2 for n in range(40)]).dataset()
+        test = Drawn([str(n) for n in range(4)], [n // 2 for n in range(4)]).dataset()
+        return Source("hub", {"train": train, "test": test}, ["c0", "c1"])
+
+    save_splits(carve(source(), DataConfig(path="owner/name")), Run(tmp_path))
+    # The other rows of train have numbers that no row of test has.
+    rest = source().without({"train": np.arange(40) < 4})
+    again = ids_of(repeat(rest, tmp_path))
+    assert again["test"] == ["0", "1", "2", "3"]
+    assert not {"0", "1", "2", "3"} & {*again["train"], *again["validation"]}
+
+
+def test_copies_on_both_sides_are_kept_and_said(tmp_path: Path) -> None:
+    photos = draw_folder(tmp_path / "photos", classes=2, per_class=4)
+    (photos / "blue" / "1.png").write_bytes((photos / "blue" / "0.png").read_bytes())
+    rows = [f"{label}/{n}.png,{label},{split}" for label in ("blue", "green") for n, split in
+            enumerate(("train", "test", "train", "val"))]  # fmt: skip
+    path = write(tmp_path / "mine.csv", *rows)
+    data = prepare_splits(DataConfig(path=str(photos), splits=str(path)))
+    assert "blue/0.png" in ids_of(data.splits)["train"] and "blue/1.png" in ids_of(data.splits)["test"]
+    assert [finding.message for finding in data.findings.findings if finding.kind == "listing"] == [
+        f"1 image of train kept because data.splits={path} names them, though the same as images of test: "
+        f"blue/0.png"
+    ]
+
+
+def test_splits_of_the_data_that_are_not_used_do_not_leak(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        draw_folder(tmp_path / "photos" / split, classes=2, per_class=3)  # the same images
+    rows = [f"train/{label}/{n}.png,{label},{split}" for label in ("blue", "green") for n, split in
+            enumerate(("train", "test", "val"))]  # fmt: skip
+    path = write(tmp_path / "mine.csv", *rows)
+    data = prepare_splits(DataConfig(path=str(tmp_path / "photos"), splits=str(path)))
+    assert {finding.kind for finding in data.findings.findings} == {"listing"}
 
 
 TEN = Drawn([f"{number}.jpg" for number in range(10)], [number % 2 for number in range(10)])
@@ -172,5 +242,5 @@ def test_long_files_with_other_columns_and_line_breaks(tmp_path: Path) -> None:
 
 def test_excel_writes_a_mark_first(tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
-    path.write_bytes("\ufeffid,label,split\r\n0.jpg,c0,train\r\n1.jpg,c1,validation\r\n".encode())
-    assert ids_of(repeat(TEN.source(), path)) == {"train": ["0.jpg"], "validation": ["1.jpg"]}
+    path.write_bytes("\ufeffid,label,split\r\n0.jpg,c0,train\r\n2.jpg,c0,validation\r\n".encode())
+    assert ids_of(repeat(TEN.source(), path)) == {"train": ["0.jpg"], "validation": ["2.jpg"]}

@@ -345,6 +345,15 @@ def test_unreadable_images_of_held_splits_are_found_before_training(tmp_path: Pa
     assert all("part-009.tar/x" not in split["id"][:] for split in data.splits.values())
 
 
+def test_copies_in_validation_and_test_are_left_out_of_validation(tmp_path: Path) -> None:
+    for split, start, sizes in (("train", 0, [10]), ("val", 10, [6]), ("test", 14, [6])):
+        write_tars(tmp_path, sizes, split, start)
+    data = prepare(tmp_path)
+    assert numbers_of(data)["validation"] == [10, 11, 12, 13]
+    (finding,) = (finding for finding in data.findings.findings if finding.kind == "listing")
+    assert finding.message.startswith("2 images of validation left out, the same as images of test: ")
+
+
 def test_fewer_shards_than_processes(data: PreparedStream, processor: Any) -> None:
     with pytest.raises(RunError, match="5 shards cannot be divided over 6 processes"):
         build(data, processor, processes=6)

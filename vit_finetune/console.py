@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
     from vit_finetune.run import Finding
 
 
+_UNPRINTABLE = re.compile(
+    # Controls but tab and newline; lone surrogates; marks that turn the direction of what follows.
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069\ufeff]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with � for what should not be shown: controls, lone surrogates, marks of direction."""
+    return _UNPRINTABLE.sub("�", text.replace("\r\n", "\n"))
+
+
 @cache
 def terminal() -> Console:
     """The console of this process: stderr, or nothing where a launcher gave it another rank than 0."""
@@ -25,18 +37,18 @@ def terminal() -> Console:
 
 
 def say(message: str) -> None:
-    """One line for the user; the text is shown as it is."""
-    terminal().print(message, markup=False)
+    """One line for the user; the text is shown as it is, but for what would steer the terminal."""
+    terminal().print(printable(message), markup=False)
 
 
 def warn(message: str) -> None:
     """One line that the user should not miss."""
-    terminal().print(f"warning: {message}", style="yellow", markup=False)
+    terminal().print(f"warning: {printable(message)}", style="yellow", markup=False)
 
 
 def fail(message: str) -> None:
     """Why the work stopped."""
-    terminal().print(f"error: {message}", style="bold red", markup=False)
+    terminal().print(f"error: {printable(message)}", style="bold red", markup=False)
 
 
 def show_table(
@@ -50,7 +62,7 @@ def show_table(
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position < text_columns else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     # Soft wrapping, which `say` wants for long paths, would break a table's lines.
     terminal().print(table, soft_wrap=False)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -30,7 +28,16 @@ from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet
 from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.recipe import Recipe, load_recipe
-from vit_finetune.run import Interrupted, Report, Run, RunError, write_json, write_text, written_whole
+from vit_finetune.run import (
+    Interrupted,
+    Report,
+    Run,
+    RunError,
+    folder_written_whole,
+    write_json,
+    write_text,
+    written_whole,
+)
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnInterrupt
 from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
@@ -220,15 +227,10 @@ def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def _save_model(run: Run, model: PreTrainedModel, image_processor: BaseImageProcessor) -> None:
     """Writes `model/`, whole or not at all."""
-    aside = Path(tempfile.mkdtemp(dir=run.path, prefix=".model."))
-    try:
+    with folder_written_whole(run.model) as aside:
         model.save_pretrained(aside)
         image_processor.save_pretrained(aside)
-        aside.chmod(0o755)  # mkdtemp makes it private
         shutil.rmtree(run.model, ignore_errors=True)
-        aside.rename(run.model)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _score(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jinja2
 
+from vit_finetune.console import printable
 from vit_finetune.publishing.picture import Picture, build_picture
-from vit_finetune.publishing.record import printable
 from vit_finetune.run import Finding, Findings, FoundImage, write_text
 
 TEMPLATES = Path(__file__).parent.parent / "templates"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from vit_finetune.console import printable
 from vit_finetune.run import Finding, Findings, Report, Run
 
 FEW_IMAGES = 30
@@ -185,16 +185,6 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 # --------------------------------------------------------------------------- words
-
-_UNPRINTABLE = re.compile(
-    # Controls but tab and newline; lone surrogates; marks that turn the direction of what follows.
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069\ufeff]"
-)
-
-
-def printable(text: str) -> str:
-    """The text with � for what no page can show: controls, lone surrogates, marks of direction."""
-    return _UNPRINTABLE.sub("�", text.replace("\r\n", "\n"))
 
 
 def one_line(text: str, longest: int | None = None) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vit_finetune.publishing.record import one_line, printable
+from vit_finetune.console import printable
+from vit_finetune.publishing.record import one_line
 
 _START = (
     r"(?:(?:file|ssh|sftp|smb|nfs)://"  # an address of a file

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from vit_finetune.console import printable
 from vit_finetune.publishing import charts
 from vit_finetune.publishing.picture import Picture, build_picture
 from vit_finetune.publishing.record import (
@@ -22,7 +23,6 @@ from vit_finetune.publishing.record import (
     most_confused,
     percent,
     pixels,
-    printable,
     score_rows,
     worst_by_f1,
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from vit_finetune.console import progress
@@ -15,6 +16,7 @@ from vit_finetune.data.checkup.image_findings import Images, find_odd_images, fi
 from vit_finetune.data.checkup.pictures import open_image
 from vit_finetune.data.checkup.readings import memory_path, read_images
 from vit_finetune.data.checkup.set_findings import (
+    describe_alike,
     describe_listing,
     find_class_faults,
     find_duplicates,
@@ -60,13 +62,17 @@ def check_up(source: Source, config: DataConfig) -> Checkup:
     readings = read_images(source, config)
     images = gather_images(source, readings)
     equal = group_equal(images.digests)
-    pairs = _near_pairs(source, images, config)
+    near_pairs = _near_pairs(source, images, config)
+    pairs = np.empty((0, 2), np.int64) if near_pairs is None else near_pairs
+    splits_hold = config.splits is None
+    near = _with_copies(group_linked(pairs, len(images.ids)), equal)
     findings = [
         *find_unreadable(images, config.on_unreadable == "skip"),
         *find_straddling_groups(images),
         *find_class_faults(images, config),
-        *find_duplicates(images, _readable(equal, images), near=False),
-        *find_duplicates(images, _with_copies(group_linked(pairs, len(images.ids)), equal), near=True),
+        *find_duplicates(images, _readable(equal, images), False, splits_hold),
+        *find_duplicates(images, near, True, splits_hold),
+        *([describe_alike(len(images.ids))] if near_pairs is None else []),
         *find_odd_images(images),
         *describe_listing(source.notices),
         *excluded,
@@ -76,7 +82,7 @@ def check_up(source: Source, config: DataConfig) -> Checkup:
     twins = [
         (images.ids[one], images.ids[other]) for one, other in pairs.tolist() if carved[one] and carved[other]
     ]
-    return Checkup(_without_unreadable(source, readings), findings, num_images, twins)
+    return Checkup(without_unreadable(source, readings), findings, num_images, twins)
 
 
 def leave_out_unreadable(source: Source, config: DataConfig) -> Source:
@@ -87,7 +93,7 @@ def leave_out_unreadable(source: Source, config: DataConfig) -> Source:
     """
     readings = read_images(source, config)
     raise_errors(find_unreadable(gather_images(source, readings), config.on_unreadable == "skip"), config)
-    kept = _without_unreadable(source, readings)
+    kept = without_unreadable(source, readings)
     require_images(kept, config)
     return kept
 
@@ -158,13 +164,12 @@ def exclude_images(source: Source, config: DataConfig) -> tuple[Source, list[Fin
         for finding in document.findings
         for image in finding.exclude
     }
-    splits = {}
+    gone = {}
     unknown = set(listed)
     for split, dataset in source.splits.items():
         here = [(split, identity) for identity in column_values(dataset, "id")]
         unknown.difference_update(here)
-        kept = [row for row, image in enumerate(here) if image not in listed]
-        splits[split] = dataset if len(kept) == len(here) else dataset.select(kept)
+        gone[split] = np.array([image in listed for image in here], bool)
     if unknown:
         names = [listed[key].name for key in sorted(unknown)]
         raise RunError(
@@ -181,14 +186,15 @@ def exclude_images(source: Source, config: DataConfig) -> tuple[Source, list[Fin
         images=images,
         exclude=images,
     )
-    return replace(source, splits=splits), [note] if images else []
+    return source.without(gone), [note] if images else []
 
 
 # --------------------------------------------------------------------------- steps
 
 
-def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarray:
-    """Pairs of rows `(n, 2)` that show the same picture; of equal files, the first stands for all."""
+def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarray | None:
+    """Pairs of rows `(n, 2)` that show the same picture; of equal files, the first stands for all. None where
+    all are alike."""
     hashes = images.readings["phash"]
     _, first = np.unique(images.digests.dictionary_encode().indices.to_numpy(), return_index=True)
     rows = first[hashes.is_valid().to_numpy()[first] & ~images.column("blank")[first]]
@@ -209,7 +215,7 @@ def _near_pairs(source: Source, images: Images, config: DataConfig) -> np.ndarra
             memory_path("duplicates", config),
         )
         advance()
-    return np.asarray(rows[pairs])
+    return None if pairs is None else np.asarray(rows[pairs])
 
 
 def _readable(groups: list[np.ndarray], images: Images) -> list[np.ndarray]:
@@ -223,10 +229,16 @@ def _with_copies(groups: list[np.ndarray], equal: list[np.ndarray]) -> list[np.n
     return [np.unique(np.concatenate([copies.get(int(row), [row]) for row in rows])) for rows in groups]
 
 
-def _without_unreadable(source: Source, readings: dict[str, pa.Table]) -> Source:
-    splits = {}
-    for split, dataset in source.splits.items():
-        good = [not problem for problem in readings[split]["problem"].to_pylist()]
-        with_digests = dataset.add_column("digest", readings[split]["digest"].to_pylist())
-        splits[split] = with_digests if all(good) else with_digests.select(np.flatnonzero(good))
-    return replace(source, splits=splits)
+def without_unreadable(source: Source, readings: dict[str, pa.Table]) -> Source:
+    """The source without images that cannot be decoded, with a column `digest`.
+
+    Args:
+        source: the images.
+        readings: of each split, row for row.
+    """
+    with_digests = {
+        split: dataset.add_column("digest", readings[split]["digest"].to_pylist())
+        for split, dataset in source.splits.items()
+    }
+    bad = {split: pc.not_equal(table["problem"], "").to_numpy() for split, table in readings.items()}
+    return replace(source, splits=with_digests).without(bad)

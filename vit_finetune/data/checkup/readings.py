@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from vit_finetune.console import progress
 from vit_finetune.data.images import BROKEN, UnreadableImage, decode_image, hash_content
 from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.sources.columns import Source
-from vit_finetune.data.sources.webdataset import is_member_path, read_encoded
+from vit_finetune.data.sources.webdataset import file_of, read_encoded
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import written_whole
 
@@ -160,10 +161,8 @@ def _key(image: dict[str, Any] | None) -> str | None:
         return None
     if image["bytes"] is not None:
         return hash_text(image["bytes"])
-    if is_member_path(image["path"]):
-        return hash_text(read_encoded(image))
     try:
-        facts = os.stat(image["path"])  # noqa: PTH116 - a Path object takes longer to make than to use
+        facts = os.stat(file_of(image["path"]))  # noqa: PTH116 - a Path object takes longer to make than to use
     except (OSError, TypeError):
         return None
     return f"{image['path']}|{facts.st_size}|{facts.st_mtime_ns}"
@@ -204,6 +203,10 @@ def _read(image: dict[str, Any] | None) -> Reading:
     data: bytes | None = image["bytes"]
     if data is None:
         try:
+            # A pipe would never answer, and a device never end.
+            kind = stat.S_IFMT(os.stat(file_of(image["path"])).st_mode)  # noqa: PTH116 - as above
+            if kind not in (stat.S_IFREG, stat.S_IFDIR):
+                return Reading("", "is a pipe or device")
             data = read_encoded(image)
         except OSError as error:
             return Reading("", f"cannot be opened: {error.strerror}")

@@ -24,13 +24,16 @@ IMBALANCE = 10
 # --------------------------------------------------------------------------- the same image twice
 
 
-def find_duplicates(images: Images, groups: Sequence[np.ndarray], near: bool) -> list[Finding]:
+def find_duplicates(
+    images: Images, groups: Sequence[np.ndarray], near: bool, splits_hold: bool = True
+) -> list[Finding]:
     """Findings about images that are the same: under two labels, in two splits, or twice in one.
 
     Args:
         images: all of them.
         groups: rows of images that are the same, group by group.
         near: whether they are so to the eye only, rather than byte for byte.
+        splits_hold: off where the recipe divides the images anew, so that being in two splits means nothing.
     """
     same = "nearly the same" if near else "byte for byte the same"
     ranks = np.array([RANK[split] for split in images.splits])[images.split]
@@ -41,7 +44,7 @@ def find_duplicates(images: Images, groups: Sequence[np.ndarray], near: bool) ->
         if len(labels) > 1:
             # Nobody knows which label is right. Of pictures that only look alike, a test keeps its own.
             two_labels.add(rows, inside if near and len(inside) else rows)
-        if len(splits) > 1:
+        if len(splits) > 1 and splits_hold:
             leaks.add(rows, inside)
         if len(labels) == 1:
             for split in splits:
@@ -75,6 +78,17 @@ def find_duplicates(images: Images, groups: Sequence[np.ndarray], near: bool) ->
         ),
     ]
     return [finding for finding in found if finding.count]
+
+
+def describe_alike(count: int) -> Finding:
+    """A note that near duplicates were not told from the many images that only look alike."""
+    return Finding(
+        kind="all-alike",
+        severity="note",
+        message="so many images look alike that near duplicates cannot be told from others",
+        advice="If they are frames of videos or several pictures of one thing, name these with data.group",
+        count=count,
+    )
 
 
 class _Sets:

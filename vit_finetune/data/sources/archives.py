@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 from vit_finetune.console import progress
-from vit_finetune.run import RunError, is_disk_full
+from vit_finetune.run import RunError, folder_written_whole, is_disk_full
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
@@ -52,22 +51,13 @@ def unpack(path: Path) -> Path:
     target = cache_dir() / "archives" / f"{path.name.split('.')[0]}-{key}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        _unpack_into(aside, path)
-        aside.chmod(0o755)  # mkdtemp makes it private
+    with folder_written_whole(target) as aside:
         try:
-            aside.replace(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first: the same files are there
+            _unpack_into(aside, path)
+        except (*_BROKEN, OSError, RuntimeError) as error:
+            if isinstance(error, RunError) or is_disk_full(error):
                 raise
-    except (*_BROKEN, OSError, RuntimeError) as error:
-        if isinstance(error, RunError) or is_disk_full(error):
-            raise
-        raise RunError(f"{path}: not a readable archive: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            raise RunError(f"{path}: not a readable archive: {error}") from error
     return target
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from vit_finetune.data.sources.folders import ALL, natural_key
@@ -27,6 +29,22 @@ class Source:
     labels: list[str]
     """Class names in id order, the same for every split."""
     notices: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Ids by split of images that are there, but are excluded or cannot be read."""
+
+    def without(self, rows: dict[str, npt.NDArray[np.bool_]]) -> Source:
+        """The source without some rows of its splits, which it remembers as left out.
+
+        Args:
+            rows: which to leave out of each split, bool `(num_images,)`.
+        """
+        splits, left_out = dict(self.splits), dict(self.left_out)
+        for split, gone in rows.items():
+            if gone.any():
+                ids = column_array(splits[split], "id").filter(pa.array(gone)).to_pylist()
+                left_out[split] = left_out.get(split, []) + ids
+                splits[split] = splits[split].select(np.flatnonzero(~gone))
+        return replace(self, splits=splits, left_out=left_out)
 
 
 def build_dataset(

@@ -137,11 +137,12 @@ def _match(pattern: Path) -> tuple[Path, list[Path]]:
     return root, list(found)
 
 
-def _expand_braces(text: str) -> list[str]:
+def _expand_braces(text: str) -> Iterator[str]:
     """All texts that a pattern with `{first..last}` and `{one,other}` stands for, as in a shell."""
     match = re.search(r"\{([^{}]*)\}", text)
     if match is None:
-        return [text]
+        yield text
+        return
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if numbers:
         width = len(numbers[1])
@@ -150,11 +151,8 @@ def _expand_braces(text: str) -> list[str]:
         )
     else:
         choices = match[1].split(",")
-    return [
-        expanded
-        for choice in choices
-        for expanded in _expand_braces(text[: match.start()] + choice + text[match.end() :])
-    ]
+    for choice in choices:  # one by one: the first file that is not there ends a range that is too long
+        yield from _expand_braces(text[: match.start()] + choice + text[match.end() :])
 
 
 def _by_split(path: str, root: Path, shards: Sequence[Path]) -> dict[str, list[Path]]:
@@ -188,17 +186,19 @@ def read_class_names(root: Path) -> list[str] | None:
         try:
             text = file.read_text(encoding="utf-8-sig")
             names = json.loads(text) if file.suffix == ".json" else text.splitlines()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{file}: cannot be read: {error}") from error
         if isinstance(names, dict):
             names = [names.get(str(number)) for number in range(len(names))]
+        names = names if isinstance(names, list) else [None]
         names = [name.strip() if isinstance(name, str) else name for name in names]
         if file.suffix == ".txt":
             names = names[: max((number + 1 for number, name in enumerate(names) if name), default=0)]
-        if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        distinct = {name for name in names if isinstance(name, str) and name}
+        if len(distinct) < max(2, len(names)):
             raise RunError(
-                f"{file}: expected one distinct class name for each id from 0: a line each, or in JSON a "
-                f'list or {{"0": "name"}}'
+                f"{file}: expected one distinct class name for each id from 0, two at least: a line each, or "
+                f'in JSON a list or {{"0": "name"}}'
             )
         return list(names)
     return None

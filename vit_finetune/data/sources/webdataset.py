@@ -199,9 +199,10 @@ def member_path(shard: Path, sample: Sample) -> str:
     return f"tar:{sample.offset}+{sample.size}:{shard}"
 
 
-def is_member_path(path: str | None) -> bool:
-    """Whether a path stands for a place in a shard rather than for a file."""
-    return path is not None and _MEMBER.fullmatch(path) is not None
+def file_of(path: str) -> str:
+    """The file that an image's path names: the path itself, or the shard whose place it stands for."""
+    place = _MEMBER.fullmatch(path)
+    return place[3] if place else path
 
 
 def read_encoded(image: dict[str, Any]) -> bytes:

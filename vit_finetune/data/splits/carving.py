@@ -8,18 +8,17 @@ share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import datasets
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from vit_finetune.data.sources.columns import Source, column_array
 from vit_finetune.data.sources.folders import ALL, count_of, first_of
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.files import repeat_splits
+from vit_finetune.data.splits.leaks import describe_leaks, drop_leaks
 from vit_finetune.data.splits.units import Integers, Units, find_units, hash_keys
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
@@ -56,7 +55,12 @@ def carve(source: Source, config: DataConfig, twins: Iterable[tuple[str, str]] =
             that leave a split empty.
     """
     if config.splits is not None:
-        return repeat_splits(source, config)
+        repeated = repeat_splits(source, config)
+        source.notices += describe_leaks(
+            repeated, f"kept because data.splits={config.splits} names them, though"
+        )
+        _check_trained(repeated, source, config)
+        return repeated
     splits = dict(source.splits)
     if ALL in splits:
         splits["train"] = splits.pop(ALL)
@@ -65,6 +69,7 @@ def carve(source: Source, config: DataConfig, twins: Iterable[tuple[str, str]] =
     source.notices += notices
     if carved:
         splits |= _carve_train(splits["train"], carved, source, config, twins)
+    _check_trained(splits, source, config)
     if config.per_class is not None:
         splits["train"] = _take_per_class(splits["train"], config.per_class, config.split_seed)
     return datasets.DatasetDict({split: splits[split] for split in SPLITS if split in splits})
@@ -90,43 +95,6 @@ def _find_carved(splits: dict[str, datasets.Dataset], config: DataConfig) -> lis
         )
     test = ["test"] if "test" not in splits and config.test_fraction > 0 else []
     return test + (["validation"] if "validation" not in splits else [])
-
-
-def drop_leaks(splits: dict[str, datasets.Dataset]) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """The splits that a source has, without images whose content a split above also holds; and notices.
-
-    Test is above validation, and that above train.
-
-    Args:
-        splits: by train, validation and test; what has no column digest (content hash) is left as it is.
-
-    Raises:
-        RunError: nothing is left of a split.
-    """
-    splits, notices = dict(splits), []
-    known = [
-        split for split in reversed(SPLITS) if split in splits and "digest" in splits[split].column_names
-    ]
-    for number, lower in enumerate(known):
-        for upper in known[:number]:
-            held = column_array(splits[upper], "digest").combine_chunks()
-            leaked = pc.is_in(
-                column_array(splits[lower], "digest"), value_set=held, skip_nulls=True
-            ).to_numpy()
-            if not leaked.any():
-                continue
-            ids = column_array(splits[lower], "id").filter(pa.array(leaked)).to_pylist()
-            if leaked.all():
-                raise RunError(
-                    f"each of the {count_of(len(ids), 'image')} of {lower} is also in {upper}, such as "
-                    f"{first_of(ids)}; expected different images in each split"
-                )
-            notices.append(
-                f"{count_of(len(ids), 'image')} of {lower} left out, the same as images of {upper}: "
-                f"{first_of(ids)}"
-            )
-            splits[lower] = splits[lower].select(np.flatnonzero(~leaked))
-    return splits, notices
 
 
 def _carve_train(
@@ -313,6 +281,22 @@ def _check_filled(found: dict[str, Integers], config: DataConfig) -> None:
         raise RunError(
             f"{config.path}: no image is left for {' and '.join(empty)}: of {count_of(total, 'image')}, too "
             f"many belong together ({tied}) to be divided. Add images of other groups, or carve less"
+        )
+
+
+def _check_trained(splits: Mapping[str, datasets.Dataset], source: Source, config: DataConfig) -> None:
+    """Raises RunError where another split has images of a class that train has none of."""
+    classes = len(source.labels)
+    has = {
+        split: np.bincount(column_array(dataset, "label").to_numpy(), minlength=classes) > 0
+        for split, dataset in splits.items()
+    }
+    lost = np.logical_or.reduce(list(has.values())) & ~has["train"]
+    if lost.any():
+        others = [split for split, here in has.items() if (here & lost).any()]
+        raise RunError(
+            f"{config.path}: no image of {first_of([source.labels[n] for n in np.flatnonzero(lost)], 8)} is "
+            f"left to train on, but {' and '.join(others)} has some. Add images of the class, or remove it"
         )
 
 

@@ -91,6 +91,8 @@ def _read_file(file: Path) -> pa.Table:
 def repeat_splits(source: Source, config: DataConfig) -> datasets.DatasetDict:
     """Exactly the splits that `data.splits` names, whichever the source has, in the order of the source.
 
+    Of the images that it names, those that the source has left out stay so.
+
     Args:
         source: the images; what is left out is added to its notices.
         config: the data and the splits to repeat.
@@ -117,13 +119,17 @@ def repeat_splits(source: Source, config: DataConfig) -> datasets.DatasetDict:
         pool = pools[pool_of[split]]
         found = pc.index_in(rows["id"], value_set=column_array(pool, "id").combine_chunks())
         here = found.is_valid().to_numpy()
-        missing += rows["id"].filter(pa.array(~here)).to_pylist()
+        left_out = _left_out(source, pool_of[split])
+        missing += [name for name in rows["id"].filter(pa.array(~here)).to_pylist() if name not in left_out]
         numbers = found.drop_null().to_numpy().astype(np.int64)
         relabelled += _find_relabelled(rows.filter(pa.array(here)), pool, numbers)
         np.add.at(used[pool_of[split]], numbers, 1)
         splits[split] = pool.select(np.sort(numbers))
     _check_found(where, config.path, table, missing, relabelled)
     _check_once(where, pools, used)
+    empty = [split for split, rows in splits.items() if not len(rows)]
+    if empty:
+        raise RunError(f"{where}: all images of {' and '.join(empty)} are excluded or cannot be read")
     left = [column_array(pool, "id").filter(pa.array(used[name] == 0)) for name, pool in pools.items()]
     names = [identity for ids in left for identity in ids.to_pylist()]
     if names:
@@ -138,11 +144,17 @@ def _find_pools(
 ) -> tuple[dict[str, datasets.Dataset], dict[str, str]]:
     """Where to look for images: all together, or by the source's splits where these count their rows anew."""
     everyone = datasets.concatenate_datasets(list(source.splits.values()))
-    if len(column_array(everyone, "id").unique()) == len(everyone):
+    left_out = [pa.array(ids, pa.string()) for ids in source.left_out.values()]
+    ids = pa.chunked_array([*column_array(everyone, "id").chunks, *left_out], pa.string())
+    if len(ids.unique()) == len(ids):
         return {ALL: everyone}, dict.fromkeys(wanted, ALL)
     # Ids of a Hub dataset are row numbers. A split that it lacks was carved from its training images.
     first = "train" if "train" in source.splits else next(iter(source.splits))
     return dict(source.splits), {split: split if split in source.splits else first for split in wanted}
+
+
+def _left_out(source: Source, pool: str) -> set[str]:
+    return {name for split, ids in source.left_out.items() if pool in (ALL, split) for name in ids}
 
 
 def _find_relabelled(rows: pa.Table, pool: datasets.Dataset, numbers: npt.NDArray[np.int64]) -> list[str]:

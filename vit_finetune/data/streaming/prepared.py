@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import Random
 from typing import Any
@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.checkup.checkup import Checkup, leave_out_unreadable, raise_errors
+from vit_finetune.data.checkup.checkup import Checkup, raise_errors, require_images, without_unreadable
 from vit_finetune.data.checkup.image_findings import find_odd_images, find_unreadable, gather_images
 from vit_finetune.data.checkup.readings import read_images
 from vit_finetune.data.checkup.set_findings import describe_listing
@@ -21,6 +21,7 @@ from vit_finetune.data.images import UnreadableImage, decode_image
 from vit_finetune.data.sources.columns import Source, build_dataset, common_labels
 from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.sources.shards import class_id, label_ids, number_labels
+from vit_finetune.data.splits.leaks import drop_leaks
 from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
 from vit_finetune.data.streaming.streams import READ_ROWS, Carving, Origin, Row, Stream, open_source
 from vit_finetune.data.streaming.survey import Survey, take_survey
@@ -201,8 +202,10 @@ def _check_held(source: Source, config: DataConfig) -> Checkup:
         *describe_listing(source.notices),
     ]
     raise_errors(findings, config)
-    source = leave_out_unreadable(source, config)
-    return Checkup(source, findings, num_images)
+    source = without_unreadable(source, readings)
+    require_images(source, config)
+    splits, leaks = drop_leaks(source.splits)
+    return Checkup(replace(source, splits=splits), [*findings, *describe_listing(leaks)], num_images)
 
 
 def _missing_classes(held: dict[str, datasets.Dataset], survey: Survey, labels: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from vit_finetune.data.checkup.readings import hash_text
 from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES
 from vit_finetune.data.sources.hub import is_hub_id, typed_column
 from vit_finetune.data.sources.shards import (
@@ -73,7 +74,7 @@ class Stream:
                         f"{name or path or 'a row'}: holds no image bytes, so it cannot be streamed; leave "
                         f"out data.streaming"
                     )
-                key = hashlib.blake2b(encoded, digest_size=16).hexdigest()
+                key = hash_text(encoded)
                 yield Row(name or path or key, key, encoded, label_text(label, self.feature))
 
     def shard(self, index: int, count: int) -> datasets.IterableDataset:

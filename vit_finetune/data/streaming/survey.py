@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -20,6 +18,7 @@ from vit_finetune.console import progress
 from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.streaming.streams import Carving, Origin, Row
 from vit_finetune.recipe import DataConfig
+from vit_finetune.run import folder_written_whole
 
 HELD_BYTES = 8_000_000
 """Encoded images that are in memory on their way to the cache."""
@@ -57,18 +56,8 @@ def take_survey(origin: Origin, carving: Carving, config: DataConfig) -> Survey:
     key = json.dumps([origin.place, str(carving), config.image_column, config.label_column])
     folder = cache_dir() / "streams" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
+        with folder_written_whole(folder) as aside:
             _write_survey(aside, origin, carving)
-            aside.chmod(0o755)  # mkdtemp makes it private
-            try:
-                aside.replace(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first: the same rows are there
-                    raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     held = {file.stem: datasets.Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))}
     return Survey(held, counts["shard_sizes"], counts["classes"])
