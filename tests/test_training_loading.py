@@ -20,7 +20,7 @@ from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import load_recipe
 from vit_finetune.training import loading
-from vit_finetune.training.hardware import Hardware, choose_hardware, measure_step
+from vit_finetune.training.hardware import Hardware, choose_hardware, estimate_memory, measure_step
 from vit_finetune.training.loading import (
     Loading,
     Speeds,
@@ -121,6 +121,13 @@ def test_a_single_epoch_is_not_worth_a_cache(measured: Any) -> None:
     slow_to_make = replace(SPEEDS, step=1e-4, cache=0.1)
     chosen = measured(slow_to_make, GPU)
     assert chosen.cache is None and "too few epochs" in chosen.choices[1].reason
+
+
+def test_a_few_steps_are_not_worth_a_cache(measured: Any) -> None:
+    """With `max_steps` the Trainer does not look at the number of epochs."""
+    starved = replace(SPEEDS, step=1e-4)
+    assert measured(starved, GPU, images=10_000, max_steps=20).cache is None  # 160 of them are read
+    assert measured(starved, GPU, images=10_000, max_steps=20_000, num_train_epochs=0.1).cache is not None
 
 
 @pytest.mark.parametrize("kept", ["on", "off"])
@@ -224,6 +231,7 @@ def test_measuring_the_step_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     assert 0 < measure_step(model, hardware.device, hardware.autocast, 8) < 1
+    assert min(estimate_memory(model)) > 0
     assert torch.equal(state, torch.get_rng_state()) and model.training
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

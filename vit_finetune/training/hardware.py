@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def measure_step(
         _synchronize(device)
         return time.perf_counter() - start
 
-    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
+    with _randomness_kept(device):
         step(2)
         each, count = step(2) / 2, 2
         # A large model on a CPU takes seconds for a batch: then a smaller one has to do. On a GPU a few
@@ -190,6 +190,11 @@ def measure_step(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # `peak_memory` is that of training
     return each
+
+
+def _randomness_kept(device: torch.device) -> AbstractContextManager[None]:
+    """A block after which the CPU's and the device's random numbers go on as if it had not been."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else [])
 
 
 def _synchronize(device: torch.device) -> None:
@@ -245,13 +250,15 @@ def estimate_memory(model: PreTrainedModel) -> tuple[int, int]:
         return tensor
 
     height, width = image_size_of(model)
-    state, was_training = torch.get_rng_state(), model.training
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    was_training, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with _randomness_kept(model.device), hooks:
         pixels = torch.zeros(2, model.config.num_channels, height, width, device=model.device)
         output = model.train()(pixel_values=pixels).logits.sum()
     del output
     model.train(was_training)
-    torch.set_rng_state(state)
+    for buffer, before in buffers:  # what batch norms learnt from it
+        buffer.copy_(before)
     return 4 * (parameters + 3 * trained), sum(kept.values()) // 2
 
 

@@ -99,7 +99,8 @@ def choose_loading(
         kept = Choice("image cache", "off", "streamed images are not kept")
         workers = _limit_workers(workers, max(1, shards), resumed=before is not None)
     else:
-        kept = _choose_cache(cache, training, len(images), speeds, int(workers.value), cores, before)
+        epochs = _count_epochs(training, hardware.batch_size, len(images))
+        kept = _choose_cache(cache, epochs, len(images), speeds, int(workers.value), cores, before)
     if kept.value != "off" and training.dataloader_num_workers == "auto":
         workers = _choose_workers(training, hardware.use_cpu, speeds.read_cached, speeds.step, cores)
     count = int(workers.value)
@@ -139,7 +140,7 @@ def _limit_workers(workers: Choice, shards: int, resumed: bool) -> Choice:
 
 def _choose_cache(
     asked: str,
-    training: TrainingConfig,
+    epochs: float,
     images: int,
     speeds: Speeds,
     workers: int,
@@ -152,7 +153,6 @@ def _choose_cache(
         return Choice(name, "off" if asked == "off" else "on", "the recipe says so")
     if earlier is not None:
         return Choice(name, earlier, AS_BEFORE)
-    epochs = training.num_train_epochs
     waiting = waiting_seconds(speeds.read, speeds.step, workers)
     saved = waiting - waiting_seconds(speeds.read_cached, speeds.step, workers)
     share = saved / (speeds.step + waiting)
@@ -172,6 +172,14 @@ def _choose_cache(
         reason = f"it would save {share:.0%} of the time, but {problem}; data.cache=FOLDER puts it elsewhere"
         return Choice(name, "off", reason)
     return Choice(name, "on", f"saves {share:.0%} of the time, takes {size / 1e9:.2f} GB")
+
+
+def _count_epochs(training: TrainingConfig, batch_size: int, images: int) -> float:
+    """How often each image is read: what `max_steps` comes to, where the recipe sets it."""
+    steps = int(getattr(training, "max_steps", -1))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = processes * batch_size * training.gradient_accumulation_steps
+    return steps * per_step / images if steps > 0 else training.num_train_epochs
 
 
 def waiting_seconds(read: float, step: float, workers: int) -> float:
