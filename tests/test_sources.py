@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import draw_folder, draw_image
+from drawn_data import Drawn
 
 from vit_finetune.data.sources.columns import Source, column_values, with_labels
 from vit_finetune.data.sources.hub import arrange_columns, is_hub_id
@@ -433,6 +434,17 @@ def test_a_split_without_the_column_has_no_groups(monkeypatch: pytest.MonkeyPatc
     assert groups(source, "train") == {"0": "cat", "1": "dog"}
     assert groups(source, "test") == {"0": None, "1": None}  # not what the pattern 1 would find in the ids
     assert source.notices == ["2 images in no group of data.group=1: 0, 1"]
+
+
+def test_columns_of_selected_rows_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [
+        Drawn([f"{part}/{n}" for n in range(9)], [n % 2 for n in range(9)]).dataset() for part in range(3)
+    ]
+    rows = datasets.concatenate_datasets(parts).select([26, 0, 9, 8, 8]).select([4, 0, 1])
+    # A million rows, cut out one by one, would take most of a minute.
+    monkeypatch.setattr(datasets.table.Table, "fast_gather", None)
+    assert column_values(rows, "id") == ["0/8", "2/8", "0/0"]
+    assert column_values(rows, "label") == [0, 0, 0]
 
 
 def test_with_labels_renumbers() -> None:

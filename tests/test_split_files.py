@@ -88,8 +88,20 @@ def test_what_was_written_is_repeated(tmp_path: Path, seed: int, options: dict[s
 
 
 def test_names_that_csv_must_quote(tmp_path: Path) -> None:
-    odd = ['a "quoted" one', "a, comma", "two\nlines", " spaces ", "Ä/ü", "null", "NA", "1", "01", "1.0"]
-    drawn = Drawn([*odd, *map(str, range(100, 120))], [n % 2 for n in range(30)])
+    odd = [
+        'a "quoted" one',
+        "a, comma",
+        "two\nlines",
+        "or\rtwo",
+        " spaces ",
+        "Ä/ü",
+        "null",
+        "NA",
+        "1",
+        "01",
+        "1.0",
+    ]
+    drawn = Drawn([*odd, *map(str, range(100, 119))], [n % 2 for n in range(30)])
     splits = save(drawn, tmp_path)
     assert ids_of(repeat(drawn.source(), tmp_path)) == ids_of(splits)
 

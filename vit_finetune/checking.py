@@ -38,7 +38,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     with quiet_libraries(), form_world(recipe) as state:
         if recipe.data.streaming:
             data: PreparedData = prepare_stream(recipe.data)
-            found: dict[str, Any] = {}
+            found: dict[str, Any] = {"findings": data.findings.model_dump(exclude_none=True)["findings"]}
             warn_of_findings(data.findings.findings)
         else:
             source = load_source(recipe.data)

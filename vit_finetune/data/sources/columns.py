@@ -126,4 +126,6 @@ def column_values(dataset: datasets.Dataset, column: str) -> list[Any]:
 
 def column_array(dataset: datasets.Dataset, column: str) -> pa.ChunkedArray:
     """A column as Arrow keeps it: a million rows without a Python object for each."""
-    return dataset.select_columns([column]).with_format("arrow")[:][column]
+    values = dataset.data.column(column)
+    # Asked for them, `datasets` cuts selected rows out one by one.
+    return values if dataset._indices is None else values.take(dataset._indices.column(0))

@@ -296,7 +296,8 @@ def _check_trained(splits: Mapping[str, datasets.Dataset], source: Source, confi
         others = [split for split, here in has.items() if (here & lost).any()]
         raise RunError(
             f"{config.path}: no image of {first_of([source.labels[n] for n in np.flatnonzero(lost)], 8)} is "
-            f"left to train on, but {' and '.join(others)} has some. Add images of the class, or remove it"
+            f"left to train on, but {' and '.join(others)} has some. Add images of the class in other "
+            f"groups, no copies of these, or remove it"
         )
 
 

@@ -36,7 +36,9 @@ def save_splits(splits: datasets.DatasetDict, run: Run) -> None:
             heads.append("group")
             columns.append(column_values(split, "group"))
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
+        # By itself the writer does not quote the other sign for a new line.
+        odd = any("\r" in name for name in columns[0])
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
         writer.writerow(heads)
         writer.writerows(zip(*columns))
         write_text(run.splits / f"{name}.csv", text.getvalue())
