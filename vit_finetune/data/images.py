@@ -60,8 +60,7 @@ class EncodedImage:
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
                 self._is_jpeg = colours in ("YCbCr", "Gray") and height * width <= _LARGEST
                 size = (height, width)
-        # Pillow takes the orientation from EXIF or else from XMP, which may lie behind many segments.
-        if not self._is_jpeg or b"Exif\0" in data or b"tiff:Orientation" in data:
+        if not self._is_jpeg or _may_be_turned(data):
             with _explained():
                 image = Image.open(io.BytesIO(data))
                 self._orientation = image.getexif().get(0x0112, 1)
@@ -104,6 +103,16 @@ class EncodedImage:
             ImageOps.exif_transpose(image, in_place=True)
             # (H, W, 3) in memory → (3, H, W)
             return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether Pillow could find an orientation in a JPEG: in EXIF or XMP, in any segment before the pixels."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # start of scan
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    # Where segments do not follow one another to the pixels, all of the file is searched.
+    end = place if data[place : place + 2] == b"\xff\xda" else len(data)
+    return any(data.find(mark, 0, end) >= 0 for mark in (b"Exif\0", b"tiff:Orientation"))
 
 
 def hash_content(data: bytes) -> str:
