@@ -106,7 +106,7 @@ class EncodedImage:
 
 
 def _may_be_turned(data: bytes) -> bool:
-    """Whether Pillow could find an orientation in a JPEG: in EXIF or XMP, in any segment before the pixels."""
+    """Whether Pillow could find an orientation in a JPEG: in EXIF or XMP, anywhere before the pixels."""
     place = 2
     while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # start of scan
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
