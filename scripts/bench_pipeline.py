@@ -53,33 +53,12 @@ def lay_out(source: Path, folder: Path, size: tuple[int, int] | None) -> Path:
 
 def batches_of_example(folder: Path) -> Iterator[Any]:
     """As transformers' run_image_classification.py reads: Pillow, torchvision v1, float32 in the loader."""
-    import datasets
-    from torchvision import transforms
+    from bench_example import collate_example, load_example_images
 
-    images = datasets.load_dataset(
-        "imagefolder", data_dir=str(folder), split="train", cache_dir=str(folder.parent / "cache")
+    images = load_example_images(folder, folder.parent / "cache", SIZE)
+    loader = torch.utils.data.DataLoader(
+        images, BATCH, shuffle=True, drop_last=True, collate_fn=collate_example
     )
-    vary = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(SIZE),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-    )
-
-    def transform(batch: dict[str, Any]) -> dict[str, Any]:
-        batch["pixel_values"] = [vary(image.convert("RGB")) for image in batch["image"]]
-        return batch
-
-    def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {
-            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-            "labels": torch.tensor([item["label"] for item in items]),
-        }
-
-    images.set_transform(transform)
-    loader = torch.utils.data.DataLoader(images, BATCH, shuffle=True, drop_last=True, collate_fn=collate)
     while True:
         yield from loader
 

@@ -77,41 +77,18 @@ def run_example(data: Path, steps: int, bf16: bool = False) -> float:
 
     `datasets`' imagefolder, Pillow, torchvision v1 transforms under `set_transform`, the stock Trainer.
     """
-    import datasets
     import torch
-    from torchvision import transforms
+    from bench_example import collate_example, load_example_images
     from transformers import Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory() as folder:
-        images = datasets.load_dataset(
-            "imagefolder", data_dir=str(data / "train"), split="train", cache_dir=f"{folder}/cache"
-        )
-        vary = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(32),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
-
-        def transform(batch: dict[str, Any]) -> dict[str, Any]:
-            batch["pixel_values"] = [vary(image.convert("RGB")) for image in batch["image"]]
-            return batch
-
-        def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            return {
-                "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-                "labels": torch.tensor([item["label"] for item in items]),
-            }
-
-        images.set_transform(transform)
+        images = load_example_images(data / "train", Path(folder) / "cache", 32)
         arguments = TrainingArguments(
             f"{folder}/run", max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE,
             remove_unused_columns=False, use_cpu=not torch.accelerator.is_available(), bf16=bf16,
             save_strategy="no", report_to="none",
         )  # fmt: skip
-        trainer = Trainer(build_model("sdpa"), arguments, train_dataset=images, data_collator=collate)
+        trainer = Trainer(build_model("sdpa"), arguments, train_dataset=images, data_collator=collate_example)
         metrics = trainer.train().metrics
         return steps * BATCH / float(metrics["train_runtime"])
 

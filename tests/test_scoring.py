@@ -20,13 +20,12 @@ from vit_finetune.evaluation.metrics import (
     calibration_bins,
     expected_calibration_error,
     log_loss,
-    wilson_interval,
 )
 from vit_finetune.evaluation.prediction import predict
 from vit_finetune.evaluation.scoring import build_report, evaluate, predict_probabilities
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import DataConfig, ModelConfig
-from vit_finetune.run import RunError
+from vit_finetune.run import RunError, wilson_interval
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -178,6 +179,21 @@ class Findings(BaseModel):
             raise RunError(f"{path}: cannot be opened: {error.strerror}; {expected}") from None
         except ValidationError:
             raise RunError(f"{path}: not a findings document; {expected}") from None
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion; (0, 1) of nothing (Wilson, 1927)."""
+    if total == 0:
+        return (0.0, 1.0)
+    z = 1.959963984540054
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    # Exact at the ends, where rounding would leave 0.9999999999999999.
+    low = 0.0 if correct == 0 else (centre - spread) / scale
+    high = 1.0 if correct == total else (centre + spread) / scale
+    return (low, high)
 
 
 class Run:

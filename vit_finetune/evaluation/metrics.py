@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,21 +14,6 @@ from vit_finetune.run import CalibrationBin, ClassScore
 
 CALIBRATION_BINS = 15
 """As in Guo et al., 2017."""
-
-
-def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share (Wilson, 1927): low and high in [0, 1].
-
-    Args:
-        right: number of successes.
-        total: number of trials, above 0.
-        z: quantile of the normal distribution that sets the confidence.
-    """
-    share, square = right / total, z * z
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total * total))
-    # The ends are exact where nothing or everything succeeded, but for rounding.
-    return 0.0 if right == 0 else centre - half, 1.0 if right == total else centre + half
 
 
 def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:

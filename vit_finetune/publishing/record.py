@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from vit_finetune.console import printable
-from vit_finetune.run import Finding, Findings, Report, Run
+from vit_finetune.run import Finding, Findings, Report, Run, wilson_interval
 
 FEW_IMAGES = 30
 """Below this many images the 95% interval of a recall is wider than about 0.2 almost everywhere."""
@@ -167,21 +167,6 @@ def bin_count(report: Report) -> int | None:
     """How many bins of equal width the calibration is measured over; reports list those with images only."""
     widths = [part.high - part.low for part in report.calibration]
     return round(1 / widths[0]) if widths else None
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a proportion; (0, 1) of nothing (Wilson, 1927)."""
-    if total == 0:
-        return (0.0, 1.0)
-    z = 1.959963984540054
-    share = correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    # Exact at the ends, where rounding would leave 0.9999999999999999.
-    low = 0.0 if correct == 0 else (centre - spread) / scale
-    high = 1.0 if correct == total else (centre + spread) / scale
-    return (low, high)
 
 
 # --------------------------------------------------------------------------- words
