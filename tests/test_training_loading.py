@@ -240,10 +240,10 @@ def test_measuring_the_step_leaves_no_trace(kind: str, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- afterwards
 
 
-def told(parts: dict[str, float], use_cpu: bool = True, **options: Any) -> str:
+def told(parts: dict[str, float], use_cpu: bool = True, images: int = 8000, **options: Any) -> str:
     seconds = {"total": 100.0, "images": 0.0, "evaluation": 0.0, "checkpoints": 0.0} | parts
     values: dict[str, Any] = {"num_workers": 0, "prefetch_factor": None, "pin_memory": False, "cache": None}
-    return describe_waiting(Loading(**{**values, "speeds": SPEEDS, **options}), 8000, seconds, use_cpu)
+    return describe_waiting(Loading(**{**values, "speeds": SPEEDS, **options}), images, seconds, use_cpu)
 
 
 def test_the_verdict_accounts_for_all_the_time() -> None:
@@ -256,10 +256,12 @@ def test_the_verdict_accounts_for_all_the_time() -> None:
 def test_the_verdict_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "cores_here", lambda: 8)
     assert told({"images": 40.0}).endswith("data.cache=FOLDER would read 5.0 times faster")
-    cached = {"cache": Path("x"), "num_workers": 2}
+    cached = {"cache": Path("x"), "num_workers": 2, "images": 3_000_000}  # the step takes 50,000/s
     assert told({"images": 40.0}, False, **cached).endswith("set training.dataloader_num_workers=7")
+    ready = told({"images": 40.0}, False, cache=Path("x"), num_workers=2)  # of which 100/s are needed
+    assert ready.endswith("nothing to change, only the first images of each epoch are waited for")
     assert "read at 10,000/s from the cache (2 loader processes)" in told({"images": 40.0}, False, **cached)
-    assert told({"images": 40.0}, False, cache=Path("x"), num_workers=7).endswith("more cores would help")
+    assert told({"images": 40.0}, False, **cached | {"num_workers": 7}).endswith("more cores would help")
     for part in ("evaluation", "checkpoints"):
         words = re.search(r"\((training\S+) (training\S+)\)$", told({part: 40.0}))
         assert words, told({part: 40.0})

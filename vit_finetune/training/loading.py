@@ -275,16 +275,20 @@ def describe_waiting(loading: Loading, images: int, seconds: dict[str, float], u
     pipeline = max(1, loading.num_workers) / read
     source = "from the cache" if loading.cache else "from the files"
     steps = 1 - sum(parts.values())
+    step_rate = images / max(steps * total, 1e-9)
     shown = {"training steps": steps, "waiting for images": parts["images"]}
     shown |= {name: parts[name] for name in ("evaluation", "checkpoints")}
     return (
         f"time: {', '.join(f'{share:.0%} {name}' for name, share in shown.items())}. Images can be read at "
         f"{pipeline:,.0f}/s {source} ({loading.num_workers} loader processes), the step took "
-        f"{images / max(steps * total, 1e-9):,.0f}/s: {_advice(loading, parts, use_cpu)}"
+        f"{step_rate:,.0f}/s: {_advice(loading, parts, pipeline / max(step_rate, 1e-9), use_cpu)}"
     )
 
 
-def _advice(loading: Loading, parts: dict[str, float], use_cpu: bool) -> str:
+def _advice(loading: Loading, parts: dict[str, float], spare: float, use_cpu: bool) -> str:
+    """What to change; `spare` is how many times as fast images can be read as they are trained on."""
+    if parts["images"] >= WORTH and loading.num_workers and spare > HEADROOM:
+        return "nothing to change, only the first images of each epoch are waited for"
     if parts["images"] >= WORTH:
         cores, workers = cores_here(), loading.num_workers
         if (
