@@ -158,6 +158,34 @@ def test_the_precision_is_the_one_whose_step_is_faster(monkeypatch: pytest.Monke
     assert set(measured) == {("sdpa", None, 32), ("eager", torch.bfloat16, 32)}
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_shared_casts_change_no_answer_and_gradients_by_rounding_only(attention: str) -> None:
+    pixels, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    logits, plain, gradients = [], [], []
+    for shared in (False, True):
+        model = build()
+        model.set_attn_implementation(attention)
+        if shared:
+            hardware.share_casts(model)
+            norms = [m for n, m in model.named_modules() if m._forward_hooks]
+            assert len(norms) == 2 * TINY_VIT["num_hidden_layers"]
+        plain.append(model(pixel_values=pixels).logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits.append(model(pixel_values=pixels).logits)
+        cross_entropy(logits[-1].float(), labels).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*plain)  # without autocast nothing is cast
+    assert torch.equal(*logits)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9999
+    assert not torch.equal(*gradients)  # the casts are shared indeed
+
+
+def test_norms_of_other_architectures_are_left_alone() -> None:
+    model = build(RESNET)
+    hardware.share_casts(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="2 processes, but 1"):

@@ -21,7 +21,7 @@ from vit_finetune.data.transforms import EpochSampler, EvaluationImages, Trainin
 from vit_finetune.model.loading import restore_weights
 from vit_finetune.recipe import TrainingConfig
 from vit_finetune.run import RunError
-from vit_finetune.training.hardware import Hardware
+from vit_finetune.training.hardware import Hardware, share_casts
 from vit_finetune.training.loading import Loading
 from vit_finetune.training.optim import build_parameter_groups
 
@@ -117,6 +117,8 @@ class ViTTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        if args.bf16 and args.device.type == "cpu":
+            share_casts(model)
         self.image_processor = image_processor
         self.seen_images = 0
         self.seconds = {"images": 0.0, "evaluation": 0.0, "checkpoints": 0.0}
