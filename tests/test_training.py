@@ -214,3 +214,13 @@ def test_a_tracker_that_is_not_installed_is_named(folder: Path, tmp_path: Path) 
 
     with pytest.raises(RunError, match="report_to: wandb is not installed"):
         build_trainer(tiny_recipe(folder, tmp_path, training={"report_to": "wandb"}), tmp_path / "c")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_trainer_shares_casts_where_a_cpu_computes_in_bf16(
+    folder: Path, tmp_path: Path, bf16: bool
+) -> None:
+    from invariants.test_exactness import build_trainer
+
+    trainer = build_trainer(tiny_recipe(folder, tmp_path, training={"bf16": bf16}), tmp_path / "run")
+    assert any(module._forward_hooks for module in trainer.model.modules()) == bf16
