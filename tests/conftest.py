@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import pytest
+from fork_server import ForkServer, fork_server
 from PIL import Image
 
 from vit_finetune.recipe import Recipe, build_recipe
@@ -26,6 +30,39 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """Every test has a cache of its own, and works in a folder of its own."""
     monkeypatch.setenv("VIT_FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts command lines without the seconds that importing takes; one for all tests that kill processes."""
+    with fork_server() as server:
+        yield server
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes a disk with mount's options, such as `size=2m`, or gives it others, such as `ro`."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"remount,{options}" if mounted else options, "tmpfs", str(disk)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(disk)
+        return disk
+
+    if not shutil.which("mount"):
+        pytest.skip("a small disk cannot be mounted here: there is no mount")
+    yield mount
+    if mounted:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def draw_image(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:

@@ -6,11 +6,10 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -280,33 +279,6 @@ def test_an_output_folder_in_use(name: str, folder: Path, tmp_path: Path) -> Non
     assert files_below(tmp_path) == before
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Makes a disk of a size, or gives it another one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted: list[Path] = []
-
-    def resize(size: str) -> Path:
-        options = f"remount,size={size}" if mounted else f"size={size}"
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(disk)
-        return disk
-
-    if not shutil.which("mount"):
-        pytest.skip("a small disk cannot be mounted here: there is no mount")
-    yield resize
-    if mounted:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "kept"),
@@ -321,7 +293,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_disk_that_fills_up_while_saving(
     size: str, kept: set[str], folder: Path, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
-    disk = small_disk(size)
+    disk = small_disk(f"size={size}")
     (disk / "earlier.txt").write_text("keep me")
     recipe = write_recipe(tmp_path / "tiny.yaml", folder, disk / "run", num_train_epochs=1)
     # 4.8 MB of weights; its optimizer takes twice that
@@ -347,7 +319,7 @@ def test_a_disk_that_fills_up_while_saving(
         assert whole <= {path.name for path in checkpoint.iterdir()}, "half a checkpoint"
     left = [path for path in disk.rglob("*") if path.name.startswith((".", "tmp"))]
     assert not left, "a temporary file or folder"
-    small_disk("64m")
+    small_disk("size=64m")
     if not kept:
         return
     again = call("train", *words, "--resume")
