@@ -75,7 +75,7 @@ class Child:
     @property
     def stderr(self) -> str:
         """What it has said to people so far."""
-        return (self.folder / "stderr").read_text(encoding="utf-8")
+        return (self.folder / "stderr").read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass
@@ -98,6 +98,7 @@ class ForkServer:
             environment: variables on top of this process's own.
         """
         folder.mkdir(parents=True)
+        (folder / "stderr").touch()  # may be read before the process has said anything
         job = {
             "folder": str(folder),
             "words": [str(word) for word in words],
@@ -280,4 +281,6 @@ def _run(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_serve())
+    ended_with = _serve()
+    gc.unfreeze()  # or libraries complain about what is never collected
+    sys.exit(ended_with)
