@@ -112,8 +112,9 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
                 f"Go on with: {_resuming(command)}"
             )
+        weights = trainer.whole_weights()
         if state.is_main_process:
-            _save_model(run, model, image_processor)
+            _save_model(run, model, weights, image_processor)
             write_json(run.history, trainer.state.log_history)
             write_json(run.provenance, provenance)
         state.wait_for_everyone()
@@ -225,10 +226,12 @@ def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
 
 
-def _save_model(run: Run, model: PreTrainedModel, image_processor: BaseImageProcessor) -> None:
+def _save_model(
+    run: Run, model: PreTrainedModel, weights: dict[str, torch.Tensor], image_processor: BaseImageProcessor
+) -> None:
     """Writes `model/`, whole or not at all."""
     with folder_written_whole(run.model) as aside:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
         image_processor.save_pretrained(aside)
         shutil.rmtree(run.model, ignore_errors=True)
 

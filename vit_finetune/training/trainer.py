@@ -270,6 +270,11 @@ class ViTTrainer(Trainer):
     def _load_best_model(self) -> None:
         restore_weights(self.model, Path(self.state.best_model_checkpoint))
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Every weight by name, on the main process; all processes call it, since each may hold a part (FSDP)."""
+        weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
+        return weights
+
 
 def count_images(labels: torch.Tensor) -> int:
     """How many of a batch are images, and do not only fill a place (`NO_LABEL`).
