@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
@@ -166,6 +169,8 @@ class ViTTrainer(Trainer):
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         for handler in args["kwargs_handlers"]:
             handler.gradient_as_bucket_view = True
+        # Of a batch of one image the gradient of what is expanded over the batch lies otherwise; it is copied.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return args
 
     # -- where the time goes
@@ -197,6 +202,19 @@ class ViTTrainer(Trainer):
         with self._clocked("evaluation"):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's, with the mean loss of the images.
+
+        Its own is of batches' means, cut to the number of images: with several processes and a smaller last
+        batch it depends on who evaluated what, and the choice of the best checkpoint depends on it.
+        """
+        output = super().evaluation_loop(*args, **kwargs)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if output.metrics and name in output.metrics and isinstance(output.predictions, np.ndarray):
+            logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+            output.metrics[name] = float(cross_entropy(logits.double(), labels))
+        return output
 
     # -- data
 
