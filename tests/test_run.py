@@ -61,15 +61,6 @@ def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path: Path) -> No
     assert (tmp_path / "other" / "notes.txt").read_text() == "keep me"
 
 
-def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    assert run.last_checkpoint() is None
-    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-20", "checkpoint-best", "tmp-checkpoint-500"):
-        write_text(run.checkpoints / name / "trainer_state.json", "{}")
-    (run.checkpoints / "checkpoint-300").mkdir()
-    assert run.last_checkpoint() == run.checkpoints / "checkpoint-100"
-
-
 def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"provenance\.json is missing: .* Delete the folder and start it again"

@@ -14,7 +14,7 @@ from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import ModelConfig, build_recipe
 from vit_finetune.run import RunError
 from vit_finetune.training import hardware
-from vit_finetune.training.hardware import check_world, choose_hardware, estimate_memory
+from vit_finetune.training.hardware import choose_hardware, estimate_memory
 from vit_finetune.training.optim import build_parameter_groups, layer_numbers
 from vit_finetune.training.trainer import cross_entropy
 
@@ -133,9 +133,10 @@ def test_hardware_says_why_and_does_what_the_recipe_says() -> None:
         recipe.model,
         model,
         {"choices": [{"name": n, "value": v} for n, v in
-                     [("precision", "bf16"), ("attention", "eager"), ("batch", "6")]]},
+                     [("precision", "bf16"), ("attention", "eager"), ("batch", "6")]], "images_per_step": 12},
     )  # fmt: skip
     assert (resumed.bf16, resumed.attn_implementation, resumed.batch_size) == (True, "eager", 6)
+    assert resumed.accumulation == 2  # a step has as many images as it had
     with pytest.raises(RunError, match="both"):
         choose_hardware(set_.model_copy(update={"fp16": True}), recipe.model, model)
 
@@ -184,13 +185,6 @@ def test_norms_of_other_architectures_are_left_alone() -> None:
     model = build(RESNET)
     hardware.share_casts(model)
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="2 processes, but 1"):
-        check_world(1)
-    check_world(2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

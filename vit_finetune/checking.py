@@ -35,7 +35,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     """
     folder = Path(output or f"{recipe.output_dir}-checkup").expanduser()
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
-    with quiet_libraries(), form_world(recipe) as state:
+    with quiet_libraries(), form_world(recipe) as world:
         if recipe.data.streaming:
             data: PreparedData = prepare_stream(recipe.data)
             found: dict[str, Any] = {"findings": data.findings.model_dump(exclude_none=True)["findings"]}
@@ -50,11 +50,11 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
-        hardware = plan_hardware(recipe, model)
+        hardware = plan_hardware(recipe, model, world)
         train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
-        plan_loading(recipe, data, train, model, hardware)
+        plan_loading(recipe, data, train, model, hardware, world)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
-        facts = found | show_plan(recipe, data, model, hardware, state.num_processes)
+        facts = found | show_plan(recipe, data, model, hardware, world)
         facts["batch_shape"] = list(batch["pixel_values"].shape)
         say(f"one batch: pixel_values {tuple(batch['pixel_values'].shape)} uint8, normalised on the device")
         _show_classes(data)

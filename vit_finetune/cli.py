@@ -1,12 +1,16 @@
 """The verbs: parse the words, call one function, show the answer.
 
-Exit codes: 0 done; 1 the work failed; 2 the words or the recipe are wrong; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 the work failed; 2 the words or the recipe are wrong; 130 stopped by Ctrl-C; 75 stopped
+by SIGTERM or SIGUSR1, to be gone on with.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -77,6 +81,7 @@ def train(
     def work() -> None:
         from vit_finetune.run import Run
 
+        _listen()
         Run(loaded.output_dir).check_free(resume)  # at once, before the seconds that the imports take
         from vit_finetune.finetuning import finetune
 
@@ -181,21 +186,51 @@ def _command() -> str:
 
 def _guarded(work: Callable[[], None], debug: bool) -> None:
     """Does the work; an error becomes one message and exit code 1, or with --debug its traceback."""
+    failed = False
     try:
         work()
     except Interrupted as stop:
         say(str(stop))
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.exit_code) from None
     except KeyboardInterrupt:
         fail("stopped")
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:
             raise
-        fail(_explain(error))
+        failed = True
+        _answer_signals(signal.SIG_DFL)  # the launcher ends the others, while this one is leaving
+        _fail_once(_explain(error))
         raise typer.Exit(1) from None
     finally:
-        _leave_world()
+        if not failed:  # with others that are gone, taking leave could wait for them
+            _leave_world()
+
+
+def _listen() -> None:
+    """Lets SIGTERM and SIGUSR1 end the command with their own exit code, from the first second on."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name} before anything was begun", number)
+
+    _answer_signals(stop)
+
+
+def _answer_signals(handler: Any) -> None:
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
+def _fail_once(message: str) -> None:
+    """Says why the work stopped; of several processes that stop together the first one does."""
+    if not _is_in_world():
+        fail(message)
+        return
+    from vit_finetune.training.world import is_first_to_fail
+
+    if is_first_to_fail(os.environ):
+        fail(message, every_process=True)
 
 
 def _explain(error: Exception) -> str:
@@ -206,14 +241,23 @@ def _explain(error: Exception) -> str:
         return (
             f"the disk is full{place}. Free some space and say the same again; `train` goes on with --resume"
         )
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}. Make it writable or name another folder, and "
+            f"say the same again; `train` goes on with --resume"
+        )
     return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _is_in_world() -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _leave_world() -> None:
     """Takes leave of the other processes of a launcher; without it they complain."""
-    torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if _is_in_world():
+        sys.modules["torch"].distributed.destroy_process_group()
 
 
 def main() -> None:

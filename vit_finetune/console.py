@@ -46,9 +46,21 @@ def warn(message: str) -> None:
     terminal().print(f"warning: {printable(message)}", style="yellow", markup=False)
 
 
-def fail(message: str) -> None:
-    """Why the work stopped."""
-    terminal().print(f"error: {printable(message)}", style="bold red", markup=False)
+def fail(message: str, every_process: bool = False) -> None:
+    """Why the work stopped.
+
+    Args:
+        message: one line.
+        every_process: whether processes other than the main one may speak too; they say their number.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not every_process:
+        terminal().print(f"error: {printable(message)}", style="bold red", markup=False)
+    else:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        console.print(f"process {rank}: error: {printable(message)}", style="bold red", markup=False)
 
 
 def show_table(

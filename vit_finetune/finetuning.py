@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from typing import Any
 
 import datasets
@@ -21,6 +22,7 @@ from vit_finetune.data.transforms import (
     TrainingImages,
     TrainingIndex,
     check_image_processor,
+    naming_loader_errors,
 )
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
 from vit_finetune.model.loading import load_checkpoint, load_model
@@ -38,10 +40,12 @@ from vit_finetune.run import (
     write_text,
     written_whole,
 )
-from vit_finetune.training.callbacks import ProgressDisplay, StopOnInterrupt
+from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
+from vit_finetune.training.checkpoints import newest_intact, remove_leftovers
 from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
+from vit_finetune.training.world import World, check_machines_agree
 
 
 def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -> Run:
@@ -54,7 +58,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
 
     Raises:
         RunError: the data, the model or the folder cannot be used.
-        Interrupted: Ctrl-C; a checkpoint was left.
+        Interrupted: a signal (Ctrl-C, SIGTERM, SIGUSR1) stopped it; while training with a checkpoint.
     """
     run = Run(recipe.output_dir)
     run.check_free(resume)
@@ -62,33 +66,30 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     if before and run.report_html.is_file():
         say(f"{run.path} is finished already: {run.report_html}")
         return run
-    with quiet_libraries(), form_world(recipe) as state:
-        with state.main_process_first():
+    with quiet_libraries(), form_world(recipe) as world, StopOnSignal(world).listening() as stop:
+        with world.one_per_machine_first():
             data = prepare_data(recipe.data)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
-        hardware = plan_hardware(recipe, model, before)
+        hardware = plan_hardware(recipe, model, world, before)
         train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
-        loading = plan_loading(recipe, data, train, model, hardware, before)
-        show_plan(recipe, data, model, hardware, state.num_processes)
+        loading = plan_loading(recipe, data, train, model, hardware, world, before)
+        show_plan(recipe, data, model, hardware, world)
         warn_of_findings(data.findings.findings)
         if loading.cache:
-            train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
+            with world.one_per_machine_first():
+                train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
         arguments = build_arguments(
             recipe.training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size
         )
         batches = build_batches(
-            data, image_processor, recipe.augmentation, recipe.training, hardware, loading, before
+            data, image_processor, recipe.augmentation, recipe.training, hardware, loading, world, before
         )
-        provenance = describe_start(recipe, data, model, hardware, state.num_processes, command, before)
-        if state.is_main_process:
+        provenance = describe_start(recipe, data, model, hardware, world.size, command, before)
+        if world.is_main:
             _open(run, recipe, data, train, provenance)
-        state.wait_for_everyone()
-        stop = StopOnInterrupt()
-        display = ProgressDisplay(
-            hardware.batch_size * recipe.training.gradient_accumulation_steps * state.num_processes
-        )
+        check_machines_agree(world, run, provenance)
         trainer = ViTTrainer(
             model,
             image_processor,
@@ -96,34 +97,38 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             batches or train,
             EvaluationImages(data.splits["validation"], image_processor),
             compute_metrics=_validation_metrics,
-            callbacks=[stop, display],
+            stop=stop,
+            callbacks=[display := ProgressDisplay(provenance["images_per_step"])],
         )
         try:
-            result = trainer.train(resume_from_checkpoint=_checkpoint(run) if resume else None)
+            with naming_loader_errors():
+                result = trainer.train(
+                    resume_from_checkpoint=_checkpoint(run, recipe, world) if resume else None
+                )
         finally:
-            stop.stop_listening()
             display.bar.stop()  # also where training failed, or the bar would be drawn below the error
         provenance |= describe_training(trainer, result.metrics, hardware, loading, before)
-        add_unreadable(provenance, batches, before)
-        if stop.interrupted:
-            if state.is_main_process:
+        add_unreadable(provenance, batches, world, before)
+        if stop.is_stopping:
+            if world.is_main:
                 write_json(run.provenance, provenance)
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
-                f"Go on with: {_resuming(command)}"
+                f"Go on with: {_resuming(command, world)}",
+                stop.number or signal.SIGTERM,
             )
-        if state.is_main_process:
+        if world.is_main:
             _save_model(run, model, image_processor)
             write_json(run.history, trainer.state.log_history)
             write_json(run.provenance, provenance)
-        state.wait_for_everyone()
-        reports = _score(run, recipe, data.splits, model.device, state.is_main_process)
-        if state.is_main_process:
+        world.wait()
+        reports = _score(run, recipe, data.splits, model.device, world.is_main)
+        if world.is_main:
             write_card(run)
             write_report(run)  # last: a run with a report is finished
             _show_reports(reports, run)
             say(provenance["verdict"])
-        state.wait_for_everyone()
+        world.wait()
     return run
 
 
@@ -137,8 +142,10 @@ def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
         RunError: the recipe says something else than the run's in a way that would train another model.
     """
     old, new = load_recipe(run.recipe).model_dump(mode="json"), recipe.model_dump(mode="json")
-    free = ("training.output_dir", "training.dataloader_", "training.logging_", "training.report_to",
-            "training.save_total_limit", "evaluation.", "hub.")  # fmt: skip
+    # The images per step are kept whatever the recipe now says of batches: `training.hardware.divide_step`.
+    free = ("training.output_dir", "training.dataloader_", "training.ddp_", "training.logging_",
+            "training.report_to", "training.save_total_limit", "training.per_device_train_batch_size",
+            "training.gradient_accumulation_steps", "evaluation.", "hub.")  # fmt: skip
     changed = [
         f"{key} was {old[section].get(name)!r}, is {new[section].get(name)!r}"
         for section in new
@@ -155,21 +162,27 @@ def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
     return run.read_provenance()
 
 
-def _checkpoint(run: Run) -> str | None:
-    """The checkpoint to resume from; None, said aloud, where there is none yet."""
-    checkpoint = run.last_checkpoint()
-    say(
-        f"resuming from {checkpoint}"
-        if checkpoint
-        else "there is no checkpoint yet: starting from the beginning"
-    )
-    return str(checkpoint) if checkpoint else None
+def _checkpoint(run: Run, recipe: Recipe, world: World) -> str | None:
+    """The checkpoint to resume from; None, said aloud, where there is none that can be used."""
+    found = None
+    if world.is_main:
+        remove_leftovers(run.checkpoints)
+        checkpoint = newest_intact(run.checkpoints, recipe.training.load_best_model_at_end)
+        found = str(checkpoint) if checkpoint else None
+        say(
+            f"resuming from {found}"
+            if found
+            else "there is no checkpoint to use: starting from the beginning"
+        )
+    return world.from_main(found)  # type: ignore[no-any-return]
 
 
-def _resuming(command: str | None) -> str:
+def _resuming(command: str | None, world: World) -> str:
     """What to say to continue a run: the same words, and --resume."""
     if command is None:
         return "finetune(recipe, resume=True)"
+    if world.size > 1:
+        return "the same words to the launcher, and --resume"
     return command if "--resume" in command.split() else f"{command} --resume"
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from vit_finetune.console import say
@@ -20,9 +18,12 @@ from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import describe_model, quiet_transformers
 from vit_finetune.recipe import Recipe
-from vit_finetune.training.hardware import Hardware, check_world, choose_hardware, estimate_memory
+from vit_finetune.run import Run
+from vit_finetune.training.checkpoints import list_checkpoints
+from vit_finetune.training.hardware import Hardware, choose_hardware, estimate_memory
 from vit_finetune.training.images import keep_workers
 from vit_finetune.training.loading import Loading, choose_loading
+from vit_finetune.training.world import PeerLost, World
 
 
 @contextmanager
@@ -39,19 +40,30 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def form_world(recipe: Recipe) -> Iterator[PartialState]:
-    """The processes that train together; stops where the launcher meant more of them."""
-    # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
-    state = PartialState(cpu=recipe.training.use_cpu or not torch.accelerator.is_available())
-    check_world(state.num_processes)
-    yield state
+def form_world(recipe: Recipe) -> Iterator[World]:
+    """The processes that train together.
+
+    Raises:
+        RunError: the launcher meant more of them, or one was lost.
+    """
+    use_cpu = recipe.training.use_cpu or not torch.accelerator.is_available()
+    world = World(recipe.training.ddp_timeout, use_cpu)
+    try:
+        with world.noticing_losses():
+            yield world
+    except PeerLost as lost:
+        checkpoints = list_checkpoints(Run(recipe.output_dir).checkpoints)
+        kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise PeerLost(f"{lost}. What it said, if anything, is above; {kept}. Go on with --resume") from lost
 
 
-def plan_hardware(recipe: Recipe, model: PreTrainedModel, before: dict[str, Any] | None = None) -> Hardware:
+def plan_hardware(
+    recipe: Recipe, model: PreTrainedModel, world: World, before: dict[str, Any] | None = None
+) -> Hardware:
     """What to use of the machine, the same in every process."""
-    hardware: Hardware = broadcast_object_list(
-        [choose_hardware(recipe.training, recipe.model, model, before)]
-    )[0]
+    hardware: Hardware = world.from_main(
+        choose_hardware(recipe.training, recipe.model, model, before, world.size)
+    )
     model.set_attn_implementation(hardware.attn_implementation)
     return hardware
 
@@ -62,29 +74,30 @@ def plan_loading(
     train: TrainingImages,
     model: PreTrainedModel,
     hardware: Hardware,
+    world: World,
     before: dict[str, Any] | None = None,
 ) -> Loading:
     """How images are loaded, the same in every process; its choices join the machine's."""
     training, shards = recipe.training, None
     if isinstance(data, PreparedStream):
-        shards = data.train.stream.rows.num_shards // PartialState().num_processes
+        shards = data.train.stream.rows.num_shards // world.size
         if before:  # who reads a stream decides its order
             training = keep_workers(training, before)
     # Each process measures, the main one decides.
-    loading: Loading = broadcast_object_list(
-        [choose_loading(training, recipe.data.cache, train, model, hardware, before, shards)]
-    )[0]
+    loading: Loading = world.from_main(
+        choose_loading(training, recipe.data.cache, train, model, hardware, before, shards)
+    )
     hardware.choices += loading.choices
     return loading
 
 
 def show_plan(
-    recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, processes: int
+    recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, world: World
 ) -> dict[str, Any]:
     """Says what is about to be done, and answers it as facts by name."""
     counts: dict[str, int | None] = {name: len(split) for name, split in data.splits.items()}
     facts = describe_model(model)
-    accumulation = recipe.training.gradient_accumulation_steps
+    processes, accumulation = world.size, hardware.accumulation
     per_step = processes * hardware.batch_size * accumulation
     epochs, steps = recipe.training.num_train_epochs, int(getattr(recipe.training, "max_steps", -1))
     if isinstance(data, PreparedStream):

@@ -6,8 +6,8 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +21,24 @@ class RunError(RuntimeError):
     """The work cannot go on; its text is the whole message: found, expected, what to write instead."""
 
 
-class Interrupted(RunError):
-    """Somebody pressed Ctrl-C; the text says what was kept and how to go on."""
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the work; the text says what was kept and how to go on.
+
+    Like Ctrl-C's own exception it is none that libraries catch on the way.
+
+    Args:
+        message: the text.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, as shells have it; else 75, which sysexits.h calls EX_TEMPFAIL: say it again."""
+        return 130 if self.number == signal.SIGINT else 75
 
 
 class ClassScore(BaseModel):
@@ -222,16 +238,6 @@ class Run:
     def exists(self) -> bool:
         """Whether the folder holds a run, finished or not."""
         return self.recipe.is_file()
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint folder, by step; None before the first."""
-        found = {
-            int(match[1]): path
-            for path in (self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-            and (path / "trainer_state.json").is_file()
-        }
-        return found[max(found)] if found else None
 
     def check_free(self, resume: bool) -> None:
         """Makes sure that a run may be written here, or resumed; makes nothing.

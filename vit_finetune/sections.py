@@ -218,6 +218,13 @@ class TrainingConfig(Section):
     dataloader_persistent_workers: bool = True
     """Loader processes live through all epochs."""
     use_cpu: bool = False
+    ddp_timeout: Positive = 600
+    """Seconds that a process waits for another that does not answer."""
+    ddp_find_unused_parameters: bool | None = False
+    """Whether to look for weights without a gradient in every step: a ViT has none."""
+    ddp_static_graph: bool | None = None
+    logging_nan_inf_filter: bool = False
+    """Whether to leave losses that are not finite out of the log; they end training in any case."""
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
     save_total_limit: Positive | None = 2

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, pipeline
 
+from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.evaluation.scoring import score
@@ -196,10 +197,7 @@ def test_training_equals_a_plain_loop(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_everything_off_is_the_plain_trainer(folder: Path, tmp_path: Path) -> None:
-    """The same batches through transformers' own Trainer, dropout included; weight decay off (its groups differ).
-
-    Neither evaluates: an evaluation's loader draws from torch's global generator, which dropout shares.
-    """
+    """The same batches through transformers' own Trainer, dropout included; weight decay off (its groups differ)."""
     training = {
         "weight_decay": 0.0,
         "eval_strategy": "no",
@@ -221,10 +219,10 @@ def test_everything_off_is_the_plain_trainer(folder: Path, tmp_path: Path) -> No
         def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
             return EpochSampler(len(self.train_dataset), recipe.training.seed)
 
-        def get_train_dataloader(self) -> DataLoader[Any]:
-            loader = super().get_train_dataloader()
-            loader.base_dataloader.generator = torch.Generator()  # ours does not share dropout's either
-            return loader
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            numbers = generator_of(recipe.training.seed, self.state.global_step, "batch 0")
+            torch.manual_seed(numbers.getrandbits(63))  # dropout's, which ours takes from seed and step
+            return super().training_step(*args, **kwargs)
 
     def collate_normalized(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate(items)

@@ -31,6 +31,7 @@ from vit_finetune.training.hardware import choose_hardware
 from vit_finetune.training.images import build_batches, first_images, keep_workers
 from vit_finetune.training.loading import choose_loading
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
+from vit_finetune.training.world import World
 
 STREAMED = {"streaming": True, "shuffle_buffer": 6}
 
@@ -45,6 +46,7 @@ def split_shards(folder: Path, train: list[int]) -> Path:
 
 def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> ViTTrainer:
     """The recipe's trainer, as `finetune` builds it."""
+    world = World(timeout=60, use_cpu=True)
     data = prepare_data(recipe.data)
     torch.manual_seed(recipe.training.seed)
     model, processor = load_model(recipe.model, data.labels)
@@ -55,7 +57,7 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
         model,
         processor,
         build_arguments(recipe.training, hardware, loading, output_dir, recipe.evaluation.batch_size),
-        build_batches(data, processor, recipe.augmentation, recipe.training, hardware, loading, None),
+        build_batches(data, processor, recipe.augmentation, recipe.training, hardware, loading, world, None),
         EvaluationImages(data.splits["validation"], processor),
         compute_metrics=lambda prediction: {
             "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
@@ -191,8 +193,11 @@ def test_a_streamed_run_tells_the_same_story(tmp_path: Path) -> None:
     hardware = choose_hardware(recipe.training, recipe.model, model)
     shown = first_images(data, processor, recipe.augmentation, recipe.training.seed)
     loading = choose_loading(recipe.training, "off", shown, model, hardware)
+    world = World(timeout=60, use_cpu=True)
     with pytest.raises(RunError, match="started with 2 processes"):
-        build_batches(data, processor, recipe.augmentation, recipe.training, hardware, loading, provenance)
+        build_batches(
+            data, processor, recipe.augmentation, recipe.training, hardware, loading, world, provenance
+        )
     provenance["choices"] = [{"name": "loader processes", "value": "3"}]
     assert keep_workers(recipe.training, provenance).dataloader_num_workers == 3
 

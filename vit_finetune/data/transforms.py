@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -15,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import datasets
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2.functional import InterpolationMode
 from transformers import BaseImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
@@ -31,6 +35,12 @@ from vit_finetune.run import RunError
 
 IN_MEMORY_BYTES = 256_000_000
 """Up to this size, paths or encoded images of a split are kept in a list."""
+
+
+NO_LABEL = -100
+"""The class id of what only fills a place in a batch: `cross_entropy` and counts of images pass over it."""
+NO_IMAGE = -1
+"""The row of what only fills a place in a batch."""
 
 
 class TrainingIndex(NamedTuple):
@@ -85,6 +95,14 @@ class ImageFiles(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.open(index).decode()
 
+    def explain(self, index: int, error: Exception) -> RunError:
+        """What to say of an image that cannot be read any more."""
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return RunError(
+            f"{self.images[index]['image']['path']}: {problem}. It could be read when the data was looked "
+            f"at; put it back and start again, a run with --resume"
+        )
+
 
 class EvaluationImages(Dataset[dict[str, Any]]):
     """A split as evaluation and serving see it: the image processor's resizing and cropping, nothing random.
@@ -104,7 +122,11 @@ class EvaluationImages(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": resize(self.files[index], self.image_processor), "labels": self.labels[index]}
+        try:
+            image = self.files[index]
+        except (OSError, UnreadableImage) as error:
+            raise self.files.explain(index, error) from None
+        return {"pixel_values": resize(image, self.image_processor), "labels": self.labels[index]}
 
 
 class TrainingImages(Dataset[dict[str, Any]]):
@@ -138,12 +160,17 @@ class TrainingImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: TrainingIndex) -> dict[str, Any]:
         epoch, index = key
+        if index == NO_IMAGE:
+            return filling(self.augment.size)
         generator = generator_of(self.seed, epoch, index)
-        picture = self.pictures.open(index)
-        if self.is_cached and self.augment.config.crop_scale is None:
-            image = self.augment(picture.decode(), generator)  # kept as evaluation sees it
-        else:
-            image = read_varied(picture, self.augment, generator)
+        try:
+            picture = self.pictures.open(index)
+            if self.is_cached and self.augment.config.crop_scale is None:
+                image = self.augment(picture.decode(), generator)  # kept as evaluation sees it
+            else:
+                image = read_varied(picture, self.augment, generator)
+        except (OSError, UnreadableImage) as error:
+            raise self.files.explain(index, error) from None
         return {"pixel_values": image, "labels": self.labels[index]}
 
     @property
@@ -244,6 +271,96 @@ class EpochSampler(Sampler[TrainingIndex]):
         generator = torch.Generator().manual_seed(generator_of(self.seed, self.epoch, -1).getrandbits(63))
         for index in torch.randperm(self.size, generator=generator).tolist():
             yield TrainingIndex(self.epoch, index)
+
+
+class StepBatches(Sampler[list[TrainingIndex]]):
+    """The batches of one process: whoever they are divided over, a step trains on the same images.
+
+    All processes take one batch each of every `processes * batch_size` images of the epoch's order. Of the
+    epoch's last, some get fewer images or none; those get a `NO_IMAGE`, so that none waits for another.
+
+    Args:
+        sampler: the epoch's order.
+        batch_size: images per batch.
+        processes: how many train together.
+        rank: of this process among them.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, processes: int = 1, rank: int = 0) -> None:
+        self.sampler, self.batch_size, self.processes, self.rank = sampler, batch_size, processes, rank
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, by the Trainer."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // (self.processes * self.batch_size))
+
+    def __iter__(self) -> Iterator[list[TrainingIndex]]:
+        order = list(self.sampler)
+        for number in range(len(self)):
+            start = (number * self.processes + self.rank) * self.batch_size
+            batch = order[start : start + self.batch_size]
+            yield batch or [TrainingIndex(self.sampler.epoch, NO_IMAGE)]
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader whose batches depend on the epoch: it passes the epoch's number on to its batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def outlive_signals(worker: int) -> None:
+    """For loader processes (`worker_init_fn`): leaves what a signal means to the process they load for.
+
+    Ctrl-C and a cluster's SIGTERM go to the whole group of processes; a loader process that died of it would
+    take the checkpoint with it. Only what its own parent sends ends it.
+    """
+    asked = {signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])}
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(asked).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def naming_loader_errors() -> Iterator[None]:
+    """A block in which errors of loader processes are said as if they had happened here.
+
+    Raises:
+        RunError: what a loader process met, without torch's two tracebacks around it; or that one was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, RunError) and text.startswith("Caught RunError in DataLoader worker"):
+            raise RunError(text.rpartition("RunError: ")[2].strip()) from None
+        if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", text):
+            cause = "shared memory (/dev/shm) is full" if "Bus error" in text else "memory ran out"
+            raise RunError(
+                f"a loader process was killed, most likely because {cause}. Lower "
+                f"training.dataloader_num_workers, and go on with --resume"
+            ) from error
+        raise
+
+
+def filling(size: tuple[int, int]) -> dict[str, Any]:
+    """What stands in a batch where there is no image: black, and without a label.
+
+    Args:
+        size: height and width in pixels.
+    """
+    return {"pixel_values": torch.zeros(3, *size, dtype=torch.uint8), "labels": NO_LABEL}
 
 
 def cores_here() -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vit_finetune.console import build_progress, say, terminal
+from vit_finetune.run import Interrupted
+from vit_finetune.training.world import World
 
 PLAIN_LINE_SECONDS = 30
 """Between two lines of progress where there is no terminal to draw a bar in."""
@@ -79,37 +83,83 @@ class ProgressDisplay(TrainerCallback):
         self.bar.stop()
 
 
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; the second at once."""
+STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+"""Ctrl-C; what launchers, Slurm and spot machines send before they kill."""
+AGAIN_SECONDS = 1.0
+"""A Ctrl-C sooner than this after the first is the launcher handing on the same one."""
 
-    def __init__(self) -> None:
-        self.interrupted = False
-        self.previous: Any = None
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C, SIGTERM and SIGUSR1 end training after the current step, with a checkpoint; elsewhere at once.
+
+    A second Ctrl-C ends it at once too. All processes stop at the same step, whichever got the signal. An
+    evaluation is broken off; the checkpoint remembers that it is still to be made.
+
+    Args:
+        world: the processes of the run.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.number = 0
+        """Of the signal that this process got; 0 before."""
+        self.is_training = False
+        self.is_stopping = False
+        """Whether training was ended by a signal, to this process or another."""
+        self.is_saved = False
+        """Whether the checkpoint of that is written, so that the end of the epoch has none to add."""
+        self.asked_at = 0.0
+        self.previous: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[StopOnSignal]:
+        """A block in which signals are this callback's."""
+        try:
+            self.previous = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        except ValueError:  # not the main thread: then signals are its caller's affair
+            self.previous = {}
+        try:
+            yield self
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        say("stopping after this step with a checkpoint; Ctrl-C again stops at once")
+        again = number == signal.SIGINT and self.number and time.monotonic() - self.asked_at > AGAIN_SECONDS
+        if not self.is_training or again:
+            raise Interrupted(
+                f"stopped by {signal.Signals(number).name}. What was finished is kept: say the same again, "
+                f"with --resume where the run had begun",
+                number,
+            )
+        if not self.number:
+            self.number, self.asked_at = number, time.monotonic()
+            name = "Ctrl-C again stops at once" if number == signal.SIGINT else signal.Signals(number).name
+            say(f"stopping after this step with a checkpoint ({name})")
+
+    def is_asked(self) -> bool:
+        """Whether any process got a signal; to be called by all of them."""
+        return self.world.any(bool(self.number))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Listens for Ctrl-C."""
-        try:
-            self.previous = signal.signal(signal.SIGINT, self._on_signal)
-        except ValueError:  # not the main thread: then Ctrl-C is its caller's affair
-            self.previous = None
+        """From now on there is something to keep."""
+        self.is_training = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Asks for a checkpoint and the end."""
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-            # With a limit of 1 the Trainer ends by deleting all checkpoints but the best, the newest too.
-            args.save_total_limit = None
+        """Asks for the end, and unless the epoch ends here too, for a checkpoint."""
+        if self.is_asked():
+            self.stop(args, control)
+            control.should_save = control.should_save or bool((state.epoch or 0.0) % 1)
+
+    def stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Asks for the end."""
+        self.is_stopping = control.should_training_stop = True
+        # With a limit of 1 the Trainer ends by deleting all checkpoints but the best, the newest too.
+        args.save_total_limit = None
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -119,11 +169,12 @@ class StopOnInterrupt(TrainerCallback):
         It would evaluate and save once more, in the middle of an epoch, and perhaps choose those weights as
         the best: the resumed run would end with others than an uninterrupted one.
         """
-        if self.interrupted and (state.epoch or 0.0) % 1:
-            control.should_evaluate = control.should_save = False
+        if self.is_stopping:
+            control.should_save = not self.is_saved and not (state.epoch or 0.0) % 1
+            control.should_evaluate = control.should_evaluate and control.should_save
 
-    def stop_listening(self) -> None:
-        """Gives Ctrl-C back its usual meaning."""
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """What follows is not kept: a signal ends it at once."""
+        self.is_training = False

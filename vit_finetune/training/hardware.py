@@ -49,7 +49,9 @@ class Hardware:
     fp16: bool
     attn_implementation: str
     batch_size: int
-    """Images per device and step."""
+    """Images per device and batch."""
+    accumulation: int = 1
+    """Batches per step."""
     choices: list[Choice] = field(default_factory=list)
 
     @property
@@ -69,6 +71,7 @@ def choose_hardware(
     config: ModelConfig,
     model: PreTrainedModel,
     before: dict[str, Any] | None = None,
+    processes: int = 1,
 ) -> Hardware:
     """What the recipe says, and for what it leaves `auto` the best for this machine.
 
@@ -77,9 +80,11 @@ def choose_hardware(
         config: the recipe's section.
         model: what will be trained.
         before: provenance of the run that is resumed; what changes its numbers is then chosen as it was.
+        processes: how many train together.
 
     Raises:
-        RunError: bf16 and fp16 are both asked for.
+        RunError: bf16 and fp16 are both asked for, or the images of a step of the run to resume cannot be
+            divided over the processes.
     """
     use_cpu = training.use_cpu or not torch.accelerator.is_available()
     if before:
@@ -89,7 +94,9 @@ def choose_hardware(
             update={
                 "bf16": precision == "bf16",
                 "fp16": precision == "fp16",
-                "per_device_train_batch_size": int(chosen["batch"]),
+                "per_device_train_batch_size": int(chosen["batch"])
+                if training.per_device_train_batch_size == "auto"
+                else training.per_device_train_batch_size,
             }
         )
         config = config.model_copy(update={"attn_implementation": chosen["attention"]})
@@ -97,9 +104,36 @@ def choose_hardware(
     attention = _choose_attention(config, model, use_cpu, bf16)
     batch = _choose_batch(training, model, use_cpu)
     choices = [precision, attention, batch]
+    accumulation = training.gradient_accumulation_steps
     if before:
-        choices = [replace(choice, reason=AS_BEFORE) for choice in choices]
-    return Hardware(use_cpu, bf16, fp16, attention.value, int(batch.value), choices)
+        size, accumulation = divide_step(before["images_per_step"], processes, int(batch.value))
+        batch = replace(batch, value=str(size))
+        choices = [replace(choice, reason=AS_BEFORE) for choice in (precision, attention)]
+        kept = f"keeps the {before['images_per_step']} images per step that the run was begun with"
+        choices += [replace(batch, reason=kept), Choice("accumulation", str(accumulation), kept)]
+    return Hardware(use_cpu, bf16, fp16, attention.value, int(batch.value), accumulation, choices)
+
+
+def divide_step(images: int, processes: int, batch_size: int) -> tuple[int, int]:
+    """Images per batch, and batches per step of each process, so that a step has as many images as before.
+
+    Args:
+        images: per step, of all processes.
+        processes: how many there are now.
+        batch_size: most images per batch; the largest that goes is taken.
+
+    Raises:
+        RunError: the images cannot be divided over so many processes.
+    """
+    each, rest = divmod(images, processes)
+    if rest:
+        possible = ", ".join(str(count) for count in range(1, images + 1) if images % count == 0)
+        raise RunError(
+            f"the run was begun with {images} images per step, which {processes} processes cannot share "
+            f"evenly. Resume it with one of {possible} processes"
+        )
+    size = next(size for size in range(min(batch_size, each), 0, -1) if each % size == 0)
+    return size, each // size
 
 
 def _choose_precision(
@@ -287,22 +321,6 @@ def image_size_of(model: PreTrainedModel) -> tuple[int, int]:
     """Height and width in pixels of the images that a model takes."""
     size = model.config.image_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def check_world(world_size: int) -> None:
-    """Makes sure that the processes that were launched found each other.
-
-    Raises:
-        RunError: the launcher started another number of processes than train together. Each would believe it
-            is alone: `accelerate launch --cpu`, or a backend that did not form.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != world_size:
-        raise RunError(
-            f"the launcher started {launched} processes, but {world_size} train together. Expected one world "
-            f"of {launched}; on machines without an accelerator launch with `--multi_gpu` and set "
-            f"training.use_cpu=true"
-        )
 
 
 def describe_hardware(use_cpu: bool, processes: int) -> dict[str, Any]:

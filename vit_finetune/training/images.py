@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import BaseImageProcessor
 
 from vit_finetune.data.splits.prepared import PreparedData
@@ -16,6 +14,7 @@ from vit_finetune.recipe import AugmentationConfig, TrainingConfig
 from vit_finetune.run import RunError
 from vit_finetune.training.hardware import Hardware
 from vit_finetune.training.loading import Loading
+from vit_finetune.training.world import World
 
 LOOKED_AT = 256
 """Images of a stream that are held for measuring how fast they are read, and for showing."""
@@ -42,6 +41,7 @@ def build_batches(
     training: TrainingConfig,
     hardware: Hardware,
     loading: Loading,
+    world: World,
     before: dict[str, Any] | None,
 ) -> StreamBatches | None:
     """The batches of a stream; None where the training images are held.
@@ -53,21 +53,24 @@ def build_batches(
         training: the recipe's section.
         hardware: what was chosen for the machine.
         loading: likewise.
+        world: who they are divided over.
         before: provenance of the run that is resumed.
 
     Raises:
         RunError: a stream that cannot be divided over the processes, does not tell its length, or was begun
-            by another number of processes.
+            by another number of processes or with other batches.
     """
     if not isinstance(data, PreparedStream):
         return None
-    state = PartialState()
-    processes = before["hardware"]["processes"] if before else state.num_processes
-    if processes != state.num_processes:
-        raise RunError(
-            f"the run was started with {processes} processes and streams its images, so only as many can "
-            f"resume it; found {state.num_processes}"
-        )
+    if before:  # who reads a stream, and how much at a time, decides its order
+        batch = next(choice["value"] for choice in before["choices"] if choice["name"] == "batch")
+        then = f"{before['hardware']['processes']} processes and batches of {batch}"
+        now = f"{world.size} processes and batches of {hardware.batch_size}"
+        if then != now:
+            raise RunError(
+                f"the run was started with {then}, and streams its images, so only the same can resume it; "
+                f"found {now}"
+            )
     max_steps = int(getattr(training, "max_steps", -1))
     return StreamBatches(
         data.train,
@@ -78,19 +81,19 @@ def build_batches(
         num_workers=loading.num_workers,
         prefetch_factor=loading.prefetch_factor,
         pin_memory=loading.pin_memory,
-        processes=state.num_processes,
-        rank=state.process_index,
-        max_batches=max_steps * training.gradient_accumulation_steps if max_steps > 0 else None,
+        processes=world.size,
+        rank=world.rank,
+        max_batches=max_steps * hardware.accumulation if max_steps > 0 else None,
     )
 
 
 def add_unreadable(
-    provenance: dict[str, Any], batches: StreamBatches | None, before: dict[str, Any] | None
+    provenance: dict[str, Any], batches: StreamBatches | None, world: World, before: dict[str, Any] | None
 ) -> None:
     """Adds to the provenance what all processes met in a stream and left out, now and before resuming."""
     if batches is None:
         return
     here = [{"id": name, "problem": problem} for name, problem in sorted(batches.unreadable.items())]
-    there = gather_object(here) if PartialState().num_processes > 1 else here
+    there = [finding for findings in world.from_all(here) for finding in findings]
     known = before["data"].get("unreadable", []) if before else []
     provenance["data"]["unreadable"] = known + [finding for finding in there if finding not in known]

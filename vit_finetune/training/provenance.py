@@ -68,6 +68,7 @@ def describe_start(
         "hardware": describe_hardware(hardware.use_cpu, processes),
         "choices": [asdict(choice) for choice in hardware.choices],
         "seed": recipe.training.seed,
+        "images_per_step": processes * hardware.batch_size * hardware.accumulation,
         "data": data.describe(recipe.data.path),
         "labels": data.labels,
         "model": describe_model(model) | {"base_model": recipe.model.path},

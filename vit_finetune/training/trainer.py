@@ -14,13 +14,32 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from vit_finetune.data.streaming.batches import NO_LABEL, StreamBatches, StreamLoader
-from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
+from vit_finetune.data.augmentation import generator_of
+from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
+from vit_finetune.data.transforms import (
+    NO_LABEL,
+    EpochLoader,
+    EpochSampler,
+    EvaluationImages,
+    StepBatches,
+    TrainingImages,
+    collate,
+    normalize,
+    outlive_signals,
+)
 from vit_finetune.model.loading import restore_weights
 from vit_finetune.recipe import TrainingConfig
 from vit_finetune.run import RunError
+from vit_finetune.training.callbacks import StopOnSignal
+from vit_finetune.training.checkpoints import (
+    STATE,
+    aside,
+    find_damage,
+    finish_checkpoint,
+    rotate_checkpoints,
+)
 from vit_finetune.training.hardware import Hardware, share_casts
 from vit_finetune.training.loading import Loading
 from vit_finetune.training.optim import build_parameter_groups
@@ -33,6 +52,11 @@ class ViTTrainingArguments(TrainingArguments):
     layer_decay: float = field(
         default=1.0, metadata={"help": "Learning rate of each layer by that of the layer above it; 1 is off."}
     )
+
+    @property
+    def n_gpu(self) -> int:
+        """One GPU for each process; the Trainer would spread a lone process over all, with DataParallel."""
+        return min(1, int(super().n_gpu))
 
 
 def build_arguments(
@@ -61,6 +85,7 @@ def build_arguments(
         "dataloader_pin_memory": loading.pin_memory,
         "dataloader_persistent_workers": training.dataloader_persistent_workers and loading.num_workers > 0,
         "per_device_train_batch_size": hardware.batch_size,
+        "gradient_accumulation_steps": hardware.accumulation,
         "per_device_eval_batch_size": eval_batch_size,
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -82,8 +107,15 @@ def build_arguments(
     return arguments
 
 
+class EvaluationStopped(Exception):
+    """A signal broke an evaluation off."""
+
+
 class ViTTrainer(Trainer):
     """transformers' Trainer over `TrainingImages` or `StreamBatches`, and `EvaluationImages`.
+
+    What a step does depends on the seed, the step's number and its images alone: not on how many processes,
+    batches and loader processes they are divided over, nor on where the run was resumed.
 
     Args:
         model: a classifier, in float32.
@@ -92,6 +124,7 @@ class ViTTrainer(Trainer):
         train_dataset: training images.
         eval_dataset: validation images.
         compute_metrics: from the Trainer's `EvalPrediction` of the validation images to their scores by name.
+        stop: what listens for signals; joins the callbacks.
         callbacks: more of the Trainer's callbacks.
     """
 
@@ -103,6 +136,7 @@ class ViTTrainer(Trainer):
         train_dataset: TrainingImages | StreamBatches,
         eval_dataset: EvaluationImages,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        stop: StopOnSignal | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None
@@ -114,16 +148,25 @@ class ViTTrainer(Trainer):
             processing_class=image_processor,
             data_collator=collate,
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[*([stop] if stop else []), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
         if args.bf16 and args.device.type == "cpu":
             share_casts(model)
-        self.image_processor = image_processor
+        self.image_processor, self.stop = image_processor, stop
         self.seen_images = 0
         self.seconds = {"images": 0.0, "evaluation": 0.0, "checkpoints": 0.0}
+        self.batch_number = 0
+        self.diverged = torch.zeros((), dtype=torch.bool, device=args.device)
         # The loss below is a sum over the accumulated batch's images by their number.
         self.loss_is_scaled_for_ga = True
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """The Trainer's; gradients are views of what processes exchange, where they would be copied."""
+        args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        for handler in args["kwargs_handlers"]:
+            handler.gradient_as_bucket_view = True
+        return args
 
     # -- where the time goes
 
@@ -146,37 +189,44 @@ class ViTTrainer(Trainer):
         with self._clocked("images"):
             batches, count = super().get_batch_samples(*args, **kwargs)
         self.seen_images += sum(count_images(batch["labels"]) for batch in batches)
+        self.batch_number = 0
         return batches, count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, clocked.
-
-        Its loader draws from torch's generator, which dropout shares, and in a resumed run not at the same
-        times: what it draws is put back.
-        """
-        with self._clocked("evaluation"), torch.random.fork_rng(devices=[]):
+        """The Trainer's, clocked."""
+        with self._clocked("evaluation"):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's; of a run resumed at its end none, where the Trainer would make a step too many."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
     # -- data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the training images; those of a stream are divided over the processes already.
-
-        Starting loader processes takes a random number, which a resumed run does at another epoch: not from
-        the generator that dropout uses.
-        """
+        """This process's batches of the training images."""
         if isinstance(self.train_dataset, StreamBatches):
             return StreamLoader(self.train_dataset)
-        loader: DataLoader[Any] = super().get_train_dataloader()
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        args = self.args
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        return EpochLoader(
+            self.train_dataset,
+            batch_sampler=StepBatches(
+                EpochSampler(len(self.train_dataset), seed),
+                args.per_device_train_batch_size,
+                args.world_size,
+                args.process_index,
+            ),
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=outlive_signals,
+        )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """The Trainer's."""
+        loader: DataLoader[Any] = super().get_eval_dataloader(*args, **kwargs)
+        getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
         return loader
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -186,16 +236,80 @@ class ViTTrainer(Trainer):
             return batches.num_images or len(batches) * batches.batch_size * self.args.world_size
         return int(super().num_examples(dataloader))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return EpochSampler(len(self.train_dataset), seed)
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Batches on the device, normalised there: a quarter of the bytes travel."""
-        inputs = super()._prepare_inputs(inputs)
+        copied = self.args.dataloader_pin_memory  # from pinned memory, beside the computing
+        inputs = {name: value.to(self.args.device, non_blocking=copied) for name, value in inputs.items()}
         if inputs["pixel_values"].dtype == torch.uint8:
             inputs = {**inputs, "pixel_values": normalize(inputs["pixel_values"], self.image_processor)}
         return inputs
+
+    # -- steps
+
+    batch_number: int
+    """Of the next batch among those of this process that make up the step."""
+
+    diverged: torch.Tensor
+    """Whether a loss was not finite; on the device, so that no step waits for it."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's; dropout's random numbers depend on seed, step and the batch's place alone."""
+        place = self.batch_number * self.args.world_size + self.args.process_index
+        numbers = generator_of(self.args.seed, self.state.global_step, f"batch {place}")
+        torch.manual_seed(numbers.getrandbits(63))
+        self.batch_number += 1
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.diverged |= ~loss.isfinite()
+        return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; of a run resumed at its end none, where the Trainer would make a step too many."""
+        self._catch_up()
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._catch_up()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, of a model that has not diverged; a signal breaks an evaluation off."""
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._check_finite()
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            assert self.stop is not None
+            self.stop.stop(self.args, self.control)
+            self.stop.is_saved = True
+            self._save_checkpoint(self.model, None)  # while `should_evaluate` is still set
+            self.control.should_evaluate = self.control.should_save = False
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, of one batch.
+
+        Raises:
+            EvaluationStopped: a process got a signal; all of them raise it at the same batch.
+        """
+        if self.stop and self.stop.is_training and self.stop.is_asked():
+            raise EvaluationStopped
+        return super().prediction_step(*args, **kwargs)
+
+    def _check_finite(self) -> None:
+        """Raises RunError where a loss or a weight is not finite; a checkpoint of them would be of no use."""
+        if (
+            self.args.fp16
+        ):  # there, steps with infinite gradients are passed over, and the weights stay finite
+            self.diverged.zero_()
+        weights = (p.isfinite().all() for p in self.model.parameters() if p.is_floating_point())
+        if self.diverged or not torch.stack(list(weights)).all():
+            raise RunError(
+                f"training diverged: at step {self.state.global_step} the loss or a weight is NaN or inf. "
+                f"Lower training.learning_rate or raise training.warmup_steps, and start another run"
+            )
 
     # -- loss
 
@@ -205,6 +319,11 @@ class ViTTrainer(Trainer):
         """Images in the accumulated batch of all processes; the Trainer counts soft targets as tokens."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
+        if isinstance(self.train_dataset, TrainingImages):  # known without asking the others
+            size, args = len(self.train_dataset), self.args
+            most = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            first = self.state.global_step % -(-size // most) * most
+            return torch.tensor(min(most, size - first), device=device)
         count = torch.tensor(sum(count_images(batch["labels"]) for batch in batch_samples), device=device)
         count = self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
         return count.clamp(min=1)  # where all that was streamed could not be read, the loss is 0, not 0 / 0
@@ -253,14 +372,73 @@ class ViTTrainer(Trainer):
     # -- checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            with self._clocked("checkpoints"):
-                super()._save_checkpoint(model, trial)
-        except BaseException:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is worse than none
-            raise
+        """Writes weights, optimizer, schedule, random states and progress: all of them, or nothing."""
+        with self._clocked("checkpoints"):
+            root, state, saves = Path(self.args.output_dir), self.state, self.args.should_save
+            checkpoint = root / f"checkpoint-{state.global_step}"
+            written = aside(checkpoint)
+            self.store_flos()
+            state.best_model_checkpoint = self._best_checkpoint()
+            # Logged is the mean since the last log: what there is of it goes on in a resumed run.
+            state.stateful_callbacks |= {
+                type(kept).__name__: kept.state()
+                for kept in [*self.callback_handler.callbacks, self.control]
+                if isinstance(kept, ExportableState)
+            } | {
+                "loss": {
+                    "sum": self._mean_over_processes(self._tr_loss),
+                    "since": self._globalstep_last_logged,
+                }
+            }
+            if saves:
+                shutil.rmtree(written, ignore_errors=True)
+                written.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            try:
+                self.save_model(str(written), _internal_call=True)
+                if not self.args.save_only_model:
+                    self._save_optimizer_and_scheduler(str(written))
+                    self._save_scaler(str(written))
+                    self._save_rng_state(str(written))
+                self.accelerator.wait_for_everyone()
+                if saves:
+                    state.save_to_json(str(written / STATE))
+                    finish_checkpoint(checkpoint)
+            except BaseException:
+                if saves:
+                    shutil.rmtree(written, ignore_errors=True)
+                raise
+            self.accelerator.wait_for_everyone()
+            if saves:
+                rotate_checkpoints(root, self.args.save_total_limit, state.best_global_step)
+
+    def _best_checkpoint(self) -> str | None:
+        """The folder of the best checkpoint so far, in this run's folder wherever that was moved to."""
+        best = self.state.best_global_step
+        return str(Path(self.args.output_dir) / f"checkpoint-{best}") if best else None
+
+    def _mean_over_processes(self, value: torch.Tensor) -> float:
+        return float(self.accelerator.gather(value.reshape(1)).mean() if self.args.world_size > 1 else value)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        progress = super()._init_training_state(*args, **kwargs)
+        self.state.best_model_checkpoint = self._best_checkpoint()
+        self.left_over = dict(self.state.stateful_callbacks)
+        return progress
+
+    left_over: dict[str, Any]
+    """What the checkpoint that the run was resumed from had not come to."""
+
+    def _catch_up(self) -> None:
+        """Goes on with the loss that was to be logged; evaluates where that was broken off."""
+        left, self.left_over = self.left_over, {}
+        if "loss" in left:
+            self._tr_loss += left["loss"]["sum"]
+            self._globalstep_last_logged = left["loss"]["since"]
+        if left and left["TrainerControl"]["args"]["should_evaluate"]:
+            self.control.should_evaluate = True
+            self.control.should_save = self.args.save_strategy in ("steps", "epoch")
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, None, None, time.time())
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
@@ -268,7 +446,13 @@ class ViTTrainer(Trainer):
         restore_weights(model or self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        restore_weights(self.model, Path(self.state.best_model_checkpoint))
+        best = Path(str(self.state.best_model_checkpoint))
+        if self.args.should_save and (damage := find_damage(best)):
+            raise RunError(
+                f"{best}, the best checkpoint, cannot be used: {damage}. With --resume the run goes on from "
+                f"the last checkpoint that can"
+            )
+        restore_weights(self.model, best)
 
 
 def count_images(labels: torch.Tensor) -> int:

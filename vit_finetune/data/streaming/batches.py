@@ -16,12 +16,19 @@ from vit_finetune.data.images import EncodedImage, UnreadableImage
 from vit_finetune.data.sources.shards import label_ids
 from vit_finetune.data.streaming.prepared import TrainStream, refuse_unreadable
 from vit_finetune.data.streaming.streams import Row
-from vit_finetune.data.transforms import TrainingIndex, build_augmentation, collate, output_size, read_varied
+from vit_finetune.data.transforms import (
+    NO_LABEL,
+    EpochLoader,
+    TrainingIndex,
+    build_augmentation,
+    collate,
+    filling,
+    outlive_signals,
+    output_size,
+    read_varied,
+)
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError
-
-NO_LABEL = -100
-"""The class id of what only fills a place in a batch: `cross_entropy` and counts of images pass over it."""
 
 Batch = dict[str, torch.Tensor]
 """`pixel_values`, uint8 `(batch, 3, height, width)`, and `labels`, int64 `(batch,)`."""
@@ -99,7 +106,7 @@ class StreamBatches(Dataset[Batch]):
             self.batches = rebatch(self._chunks(key), self.batch_size, key.row * self.batch_size)
         self.next = TrainingIndex(key.epoch, key.row + 1)
         batch = next(self.batches, None)
-        return batch if batch is not None else collate([_filling(self.size)])
+        return batch if batch is not None else collate([filling(self.size)])
 
     def _chunks(self, key: TrainingIndex) -> Iterator[Batch]:
         """What the loader processes make of the shards, in order; of what is skipped, the labels alone."""
@@ -112,7 +119,7 @@ class StreamBatches(Dataset[Batch]):
                 num_workers=self.num_workers,
                 prefetch_factor=self.prefetch_factor if self.num_workers else None,
                 pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # or each epoch would draw from the one that dropout uses
+                worker_init_fn=outlive_signals,
             )
             images = 0
             for chunk in loader:
@@ -196,14 +203,10 @@ class _StreamedImages(IterableDataset[dict[str, Any]]):
                 if not self.stream.skips_unreadable:
                     raise refuse_unreadable(row, problem) from None
                 unreadable[row.name] = str(problem)
-                items.append(_filling(self.size))
+                items.append(filling(self.size))
                 continue
             items.append({"pixel_values": image, "labels": self.ids[row.label or ""]})
         return {**collate(items), "unreadable": unreadable}
-
-
-def _filling(size: tuple[int, int]) -> dict[str, Any]:
-    return {"pixel_values": torch.zeros(3, *size, dtype=torch.uint8), "labels": NO_LABEL}
 
 
 def rebatch(chunks: Iterable[Batch], size: int, skip: int = 0) -> Iterator[Batch]:
@@ -234,7 +237,7 @@ def rebatch(chunks: Iterable[Batch], size: int, skip: int = 0) -> Iterator[Batch
         yield held
 
 
-class StreamLoader(DataLoader[Batch]):
+class StreamLoader(EpochLoader):
     """The batches of an epoch, in order; the Trainer resumes it as it does any loader, by skipping indices.
 
     Args:
@@ -242,17 +245,7 @@ class StreamLoader(DataLoader[Batch]):
     """
 
     def __init__(self, batches: StreamBatches) -> None:
-        super().__init__(
-            batches,
-            batch_sampler=_BatchOrder(len(batches)),
-            collate_fn=_only,
-            generator=torch.Generator(),  # as above
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        assert isinstance(self.batch_sampler, _BatchOrder)
-        self.batch_sampler.set_epoch(epoch)
+        super().__init__(batches, batch_sampler=_BatchOrder(len(batches)), collate_fn=_only)
 
 
 class _BatchOrder(Sampler[list[TrainingIndex]]):

@@ -1,0 +1,51 @@
+"""Processes that form a world, or stop where they do not."""
+
+from __future__ import annotations
+
+import pytest
+
+from vit_finetune.run import RunError
+from vit_finetune.training.hardware import divide_step
+from vit_finetune.training.world import check_launcher, check_world
+
+
+def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="2 processes, but 1"):
+        check_world(1)
+    check_world(2)
+
+
+def test_a_launcher_that_starts_one_process_instead_of_several_is_an_error() -> None:
+    alone = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
+    check_launcher(alone)
+    with pytest.raises(RunError, match=r"started one .* recipes/accelerate/cpu\.yaml"):
+        check_launcher(alone | {"MASTER_ADDR": "127.0.0.1"})
+    check_launcher(alone | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
+    check_launcher({"MASTER_ADDR": "127.0.0.1"})  # a cluster's own variables, without a launcher
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "batch_size", "expected"),
+    [
+        (32, 1, 8, (8, 4)),
+        (32, 4, 8, (8, 1)),
+        (32, 8, 8, (4, 1)),
+        (24, 2, 8, (6, 2)),  # 8 does not divide 12
+        (30, 2, 8, (5, 3)),
+        (7, 7, 32, (1, 1)),
+    ],
+)
+def test_a_step_is_divided_over_other_processes(
+    images: int, processes: int, batch_size: int, expected: tuple[int, int]
+) -> None:
+    size, accumulation = divide_step(images, processes, batch_size)
+    assert (size, accumulation) == expected
+    assert size * accumulation * processes == images
+
+
+def test_a_step_that_cannot_be_divided_names_the_counts_that_can() -> None:
+    with pytest.raises(
+        RunError, match=r"6 images per step, which 4 processes .* one of 1, 2, 3, 6 processes"
+    ):
+        divide_step(6, 4, 2)

@@ -1,0 +1,151 @@
+"""Checkpoints that are there whole or not at all: written aside and renamed; checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vit_finetune.console import warn
+
+CHECKSUMS = "checksums.json"
+"""In every checkpoint: bytes and SHA-256 of each of its files, by name."""
+STATE = "trainer_state.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run in the order of their steps; whether they are intact is not looked at."""
+    found = folder.iterdir() if folder.is_dir() else iter(())
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+
+
+def aside(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it takes its name."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+def finish_checkpoint(checkpoint: Path) -> None:
+    """Lets what was written aside take the checkpoint's name, once all of it is on the disk.
+
+    Whenever the machine stops, either the whole checkpoint is there or none of this name.
+    """
+    written = aside(checkpoint)
+    sums = {}
+    for file in sorted(path for path in written.rglob("*") if path.is_file()):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            os.fsync(opened.fileno())
+        sums[file.relative_to(written).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
+    with (written / CHECKSUMS).open("w", encoding="utf-8") as opened:
+        json.dump(sums, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+    for folder in [*(path for path in written.rglob("*") if path.is_dir()), written]:
+        _sync_folder(folder)
+    if checkpoint.exists():  # a resumed run comes to the same step again
+        remove_checkpoint(checkpoint)
+    written.rename(checkpoint)
+    _sync_folder(checkpoint.parent)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Takes a checkpoint away: it is gone at once, not file by file."""
+    leaving = checkpoint.with_name(f".{checkpoint.name}.leaving")
+    shutil.rmtree(leaving, ignore_errors=True)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run had not finished writing, or removing."""
+    for path in folder.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate_checkpoints(folder: Path, limit: int | None, best: int | None) -> None:
+    """Removes the oldest checkpoints beyond a limit, never the newest nor the best.
+
+    Args:
+        folder: of the run's checkpoints.
+        limit: how many to keep; None for all.
+        best: step of the checkpoint that scored best so far.
+    """
+    if limit is None:
+        return
+    found = list_checkpoints(folder)
+    removable = [path for path in found[:-1] if step_of(path) != best]
+    for path in removable[: max(0, len(found) - limit)]:
+        remove_checkpoint(path)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where every file is what was written."""
+    try:
+        sums: dict[str, dict[str, Any]] = json.loads((checkpoint / CHECKSUMS).read_bytes())
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in sums.items()}
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{CHECKSUMS} cannot be read"
+    if STATE not in expected:
+        return f"{CHECKSUMS} does not name {STATE}"
+    for name, (size, digest) in expected.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes, {size:,} were written"
+        try:
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != digest:
+            return f"{name} is not what was written (its checksum differs)"
+    return None
+
+
+def newest_intact(folder: Path, needs_best: bool) -> Path | None:
+    """The newest checkpoint that can be trusted; None where there is none.
+
+    Damaged ones are named aloud and set aside as `checkpoint-<step>.damaged`.
+
+    Args:
+        folder: of the run's checkpoints.
+        needs_best: whether the checkpoint that scored best up to there must be intact as well.
+    """
+    for checkpoint in reversed(list_checkpoints(folder)):
+        damage = find_damage(checkpoint)
+        if damage is None and needs_best:
+            best = json.loads((checkpoint / STATE).read_bytes()).get("best_global_step")
+            best = best and folder / f"checkpoint-{best}"
+            if best and best != checkpoint and (problem := _find_damage_or_absence(best)):
+                damage = f"the best checkpoint up to it, {best.name}, cannot be used: {problem}"
+        if damage is None:
+            return checkpoint
+        kept = checkpoint.with_name(f"{checkpoint.name}.damaged")
+        warn(f"{checkpoint}: {damage}. It is passed over, and kept as {kept.name}")
+        shutil.rmtree(kept, ignore_errors=True)
+        checkpoint.rename(kept)
+    return None
+
+
+def _find_damage_or_absence(checkpoint: Path) -> str | None:
+    return find_damage(checkpoint) if checkpoint.is_dir() else "it is missing"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,235 @@
+"""The processes that train together: how they form, wait, agree, and notice that one of them is gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from vit_finetune.run import Run, RunError
+
+PREPARING = timedelta(days=1)
+"""How long processes wait for one that prepares the data: as long as it lives."""
+
+SHARED_WITHIN = 30.0
+"""Seconds after which what one machine wrote is seen by all that share the disk."""
+
+
+class PeerLost(RunError):
+    """Another process of the run ended, or did not answer."""
+
+
+class World:
+    """The processes that train together, of one machine or several; one alone is a world too.
+
+    Args:
+        timeout: how long a process waits for one that does not answer, in seconds.
+        use_cpu: whether they train on the CPU.
+
+    Raises:
+        RunError: the launcher meant more processes than train together.
+    """
+
+    def __init__(self, timeout: float, use_cpu: bool) -> None:
+        check_launcher(os.environ)
+        if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            _choose_interface(os.environ)
+        # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
+        self.state = PartialState(cpu=use_cpu, timeout=timedelta(seconds=timeout))
+        self.timeout = timeout
+        self.size, self.rank = self.state.num_processes, self.state.process_index
+        check_world(self.size)
+        self.group: Any = None
+        if self.size > 1:  # over the CPU, so that what is agreed on does not wait for the device
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes and speaks."""
+        return bool(self.rank == 0)
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Returns when all processes are here."""
+        if self.size > 1:
+            dist.monitored_barrier(self.group, timeout)
+
+    @contextmanager
+    def one_per_machine_first(self) -> Iterator[None]:
+        """A block that one process of each machine passes first, however long it takes, then the others.
+
+        They share what it leaves on the machine: prepared data, a filled cache.
+        """
+        first = self.state.is_local_main_process
+        if not first:
+            self.wait(PREPARING)
+        yield
+        if first:
+            self.wait(PREPARING)
+
+    def any(self, here: bool) -> bool:
+        """Whether something is so in any process; the same answer in all."""
+        if self.size == 1:
+            return here
+        flag = torch.tensor(int(here))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        return bool(flag)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, in all."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, self.group)
+        return values[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, self.group)
+        return values
+
+    @contextmanager
+    def noticing_losses(self) -> Iterator[None]:
+        """A block in which the libraries' words for a lost process become one of ours.
+
+        Raises:
+            PeerLost: another process ended, or did not answer in time.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and is_lost_connection(error):
+                raise PeerLost(
+                    f"another process of this run ended, or did not answer for {self.timeout:g} s "
+                    f"(training.ddp_timeout)"
+                ) from error
+            raise
+
+
+def check_launcher(environment: MutableMapping[str, str]) -> None:
+    """Makes sure that `accelerate launch` did not start one process where it was asked for several.
+
+    Its `--cpu` does so, without a word (accelerate 1.15); what remains of the wish is an address to meet at.
+
+    Raises:
+        RunError: so it is.
+    """
+    asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment)
+    if asked and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(environment):
+        raise RunError(
+            "accelerate was told of several processes, but started one (its `--cpu` does that). Start them "
+            "with `accelerate launch --config_file recipes/accelerate/cpu.yaml --num_processes 2 -m "
+            "vit_finetune train …`"
+        )
+
+
+def check_world(world_size: int) -> None:
+    """Makes sure that the processes that were launched found each other.
+
+    Raises:
+        RunError: the launcher started another number of processes than train together. Each would believe it
+            is alone.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != world_size:
+        raise RunError(
+            f"the launcher started {launched} processes, but {world_size} train together. Expected one world "
+            f"of {launched}; on machines without an accelerator launch with `accelerate launch --config_file "
+            f"recipes/accelerate/cpu.yaml`"
+        )
+
+
+def check_machines_agree(world: World, run: Run, provenance: dict[str, Any]) -> None:
+    """Makes sure that all processes have the same images, and the folder that the main one has just opened.
+
+    Args:
+        world: the processes.
+        run: where the main process has written the provenance.
+        provenance: as this process would have written it.
+
+    Raises:
+        RunError: another machine found other images, or its disk is another one.
+    """
+    expected, text = world.from_main(
+        (provenance["data"], run.provenance.read_text(encoding="utf-8") if world.is_main else "")
+    )
+    for name, split in expected["splits"].items():
+        here = provenance["data"]["splits"].get(name)
+        if here != split:
+            raise RunError(
+                f"{expected['path']}: process {world.rank} finds other images in {name} than the main "
+                f"process: {here} instead of {split}. Put the same images on every machine"
+            )
+    deadline = time.monotonic() + SHARED_WITHIN
+    while not run.provenance.is_file() or run.provenance.read_text(encoding="utf-8") != text:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{run.path.absolute()}: process {world.rank} does not see what the main process wrote "
+                f"there. Set training.output_dir to a folder that all machines share"
+            )
+        time.sleep(0.2)
+    world.wait()
+
+
+def _choose_interface(environment: MutableMapping[str, str]) -> None:
+    """Lets gloo use the network that leads to the other machines.
+
+    It looks its address up by the host's name, which on many machines is 127.0.1.1.
+    """
+    address = environment.get("MASTER_ADDR")
+    if not address or "GLOO_SOCKET_IFNAME" in environment:
+        return
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing, but asks for the way
+            own = probe.getsockname()[0]
+    except OSError:  # the address is wrong, or the network down: forming the world says so
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        # On the first machine the way to itself is the loopback's; its address is the network's all the same.
+        if any(found.address.partition("%")[0] == own for found in addresses) and not own.startswith("127."):
+            environment["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exception is torch.distributed's about a process that is gone or silent."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        words in text
+        for words in ("gloo", "Connection closed by peer", "Connection reset by peer", "monitoredBarrier")
+    )
+
+
+def is_first_to_fail(environment: MutableMapping[str, str]) -> bool:
+    """Whether this process is the first of its world that fails, and so has to say why.
+
+    What others say after it is that they lost it. Where the place that they meet at is gone, all speak.
+    """
+    size = int(environment.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return True
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            environment["MASTER_ADDR"],
+            int(environment["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        rank = environment.get("RANK", "0").encode()
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return bool(store.compare_set(f"vit_finetune/failed/{attempt}", "", rank.decode()) == rank)
+    except (RuntimeError, KeyError, ValueError):
+        return True
