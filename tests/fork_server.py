@@ -35,6 +35,14 @@ IMPORTED = [
 ]
 """What a run imports on its way. Importing computes nothing: that would start threads, which a fork loses."""
 
+QUICK = """
+from vit_finetune import finetuning
+from vit_finetune.training import hardware, loading
+hardware.STEP_SECONDS = loading.READING_SECONDS = 0.01
+finetuning.write_report = lambda run: run.report_html.write_text("left out")
+"""
+"""Source to run before where what is measured and drawn does not matter: it takes longer than such a run trains."""
+
 
 class Hangs(AssertionError):
     """A process did not end by itself."""
