@@ -8,6 +8,7 @@ Run as a script, this is the server: it reads jobs from stdin and tells on stdou
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -35,6 +36,14 @@ IMPORTED = [
 ]
 """What a run imports on its way. Importing computes nothing: that would start threads, which a fork loses."""
 
+QUICK = """
+from vit_finetune import finetuning
+from vit_finetune.training import hardware, loading
+hardware.STEP_SECONDS = loading.READING_SECONDS = 0.01
+finetuning.write_report = lambda run: run.report_html.write_text("left out")
+"""
+"""Source to run before where what is measured and drawn does not matter: it takes longer than such a run trains."""
+
 
 class Hangs(AssertionError):
     """A process did not end by itself."""
@@ -48,6 +57,8 @@ class Child:
     pid: int
     folder: Path
     """Where its `stdout` and `stderr` go."""
+    store: Any = None
+    """Where the processes of its run meet, kept by the launcher."""
 
     def signal(self, number: int) -> None:
         """Sends a signal to this process alone; nothing where it has ended."""
@@ -116,27 +127,48 @@ class ForkServer:
                 return Child(self, self.started[count], folder)
 
     def start_world(
-        self, folder: Path, processes: int, *words: object, before: str = "", **environment: str
+        self,
+        folder: Path,
+        processes: int,
+        *words: object,
+        before: str = "",
+        launcher: bool = True,
+        **environment: str,
     ) -> list[Child]:
-        """Starts the processes of one run, as a launcher on one machine does, but leaves them to themselves."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        return [
-            self.start(
-                folder / f"process-{rank}",
-                *words,
-                before=before,
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(processes),
-                LOCAL_WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-                **environment,
-            )
-            for rank in range(processes)
-        ]
+        """Starts the processes of one run on this machine.
+
+        Args:
+            folder: as for `start`; each has its own below it.
+            processes: how many.
+            words: as for `start`.
+            before: as for `start`.
+            launcher: whether they meet at the launcher's place, as under torchrun and accelerate, or at the first
+                of them, as where they are started by hand. Nobody ends the others where one fails.
+            environment: as for `start`.
+        """
+        from torch.distributed import TCPStore
+
+        store, place = None, {"TORCHELASTIC_USE_AGENT_STORE": str(launcher)}
+        if launcher:
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            place["MASTER_PORT"] = str(store.port)
+        else:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                place["MASTER_PORT"] = str(free.getsockname()[1])
+        children = []
+        for rank in range(processes):
+            told = place | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+            }
+            child = self.start(folder / f"process-{rank}", *words, before=before, **told, **environment)
+            child.store = store
+            children.append(child)
+        return children
 
     def wait(self, pid: int, timeout: float) -> int | None:
         """The exit code of a process; None where it has none after some seconds."""
@@ -282,5 +314,9 @@ def _run(job: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     ended_with = _serve()
-    gc.unfreeze()  # or libraries complain about what is never collected
-    sys.exit(ended_with)
+    # As the interpreter ends, but for taking down a hundred thousand objects, which takes it a second.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended_with)

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from conftest import draw_folder, tiny_recipe
-from fork_server import Child, ForkServer, wait_for
+from fork_server import QUICK, Child, ForkServer, wait_for
 
 from vit_finetune.run import Run
 
@@ -134,8 +134,9 @@ class Killing:
         words = [f"training.output_dir={run.path}", f"training.dataloader_num_workers={workers}"]
         resume = ["--resume"] if session else []
         name = self.folder / f"{run.path.name}-session-{session}"
+        cache = str(self.folder / "cache")
         return self.forks.start(
-            name, "train", self.recipe, *words, *resume, VIT_FINETUNE_CACHE=str(self.folder / "cache")
+            name, "train", self.recipe, *words, *resume, before=QUICK, VIT_FINETUNE_CACHE=cache
         )
 
     def live(self, kinds: list[str], seed: int) -> None:
