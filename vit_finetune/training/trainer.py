@@ -96,7 +96,7 @@ def build_arguments(
     }
     if (
         "log_level_replica" not in training.model_fields_set
-    ):  # the other processes are as quiet as the main one
+    ):  # the others are as quiet as the main one
         values["log_level_replica"] = "error"
     if not loading.num_workers:  # torch refuses it where no process is started
         values["dataloader_multiprocessing_context"] = None
@@ -173,7 +173,7 @@ class ViTTrainer(Trainer):
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         for handler in args["kwargs_handlers"]:
             handler.gradient_as_bucket_view = True
-        # Of a batch of one image the gradient of what is expanded over the batch lies otherwise; it is copied.
+        # Of a batch of one image the gradient of what is expanded over it has other strides; it is copied.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return args
 
