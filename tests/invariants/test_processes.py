@@ -77,6 +77,8 @@ def check_reading(trained: Trained) -> None:
 
 def test_one_process_reads_every_image_once(alone: Trained) -> None:
     check_reading(alone)
+    assert list(alone.losses()) == list(range(1, STEPS + 1))  # what the others are compared with
+    assert list(alone.evaluations()) == list(range(2, STEPS + 1, 2))
 
 
 @pytest.mark.parametrize("division", DIVISIONS, ids=str)
