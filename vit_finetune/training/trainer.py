@@ -277,7 +277,7 @@ class ViTTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, of a model that has not diverged; a signal breaks an evaluation off."""
         control = self.control
-        if control.should_log or control.should_evaluate or control.should_save:
+        if control.should_log or control.should_evaluate:
             self._check_finite()
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -298,14 +298,15 @@ class ViTTrainer(Trainer):
             raise EvaluationStopped
         return super().prediction_step(*args, **kwargs)
 
-    def _check_finite(self) -> None:
-        """Raises RunError where a loss or a weight is not finite; a checkpoint of them would be of no use."""
-        if (
-            self.args.fp16
-        ):  # there, steps with infinite gradients are passed over, and the weights stay finite
+    def _check_finite(self, weights: bool = False) -> None:
+        """Raises RunError where a loss was not finite, or where asked, a weight is not."""
+        if self.args.fp16:  # its steps with infinite gradients are passed over, and the weights stay finite
             self.diverged.zero_()
-        weights = (p.isfinite().all() for p in self.model.parameters() if p.is_floating_point())
-        if self.diverged or not torch.stack(list(weights)).all():
+        bad = self.diverged
+        if weights:
+            finite = [p.isfinite().all() for p in self.model.parameters() if p.is_floating_point()]
+            bad = bad | ~torch.stack(finite).all()
+        if bad:
             raise RunError(
                 f"training diverged: at step {self.state.global_step} the loss or a weight is NaN or inf. "
                 f"Lower training.learning_rate or raise training.warmup_steps, and start another run"
@@ -374,6 +375,7 @@ class ViTTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes weights, optimizer, schedule, random states and progress: all of them, or nothing."""
         with self._clocked("checkpoints"):
+            self._check_finite(weights=True)
             root, state, saves = Path(self.args.output_dir), self.state, self.args.should_save
             checkpoint = root / f"checkpoint-{state.global_step}"
             written = aside(checkpoint)
