@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_under_two_processes(
     place: Place, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
     """The first checkpoint has room, the second has not: one error, both processes end, the first is intact."""
-    disk = small_disk("size=5m")
+    disk = small_disk("size=3m")
     run = Run(disk / "run")
     # 4.8 MB of weights; the optimizer takes twice that
     words = ["model.config.hidden_size=64", "model.config.num_hidden_layers=8"]  # 2 MB a checkpoint
