@@ -223,8 +223,8 @@ def is_first_to_fail(environment: MutableMapping[str, str]) -> bool:
         return True
     try:
         host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        # Where the main process kept the place and is just dying, its sockets close within a moment. torch tries
-        # one that is closed for many seconds, and tells of each attempt in a page of C++.
+        # Where the main process kept the place and is just dying, its sockets close within a moment. torch
+        # tries one that is closed for many seconds, and tells of each attempt in a page of C++.
         time.sleep(0.2)
         socket.create_connection((host, port), timeout=2).close()
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
