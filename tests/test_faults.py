@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_under_two_processes(
     place: Place, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
     """The first checkpoint has room, the second has not: one error, both processes end, the first is intact."""
-    disk = small_disk("size=5m")
+    disk = small_disk("size=3m")
     run = Run(disk / "run")
     # 4.8 MB of weights; the optimizer takes twice that
     words = ["model.config.hidden_size=64", "model.config.num_hidden_layers=8"]  # 2 MB a checkpoint
@@ -382,6 +382,35 @@ def test_an_image_that_changes_while_training(
 
 
 # --------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("finetuning.save_splits = kill", "starting from the beginning"),
+        ("finetuning._save_augmented = kill", "starting from the beginning"),
+        (
+            "finetuning.shutil = types.SimpleNamespace(rmtree=kill)",
+            "resuming from",
+        ),  # model/ is there, but aside
+        ("run.Path.replace = lambda *_: kill() if _[1].name == 'test.json' else rename(*_)", "resuming from"),
+    ],
+    ids=["splits", "pictures", "model", "report"],
+)
+def test_killed_before_the_first_step_and_after_the_last(
+    deed: str, said: str, place: Place, whole: Run, tmp_path: Path
+) -> None:
+    """While the folder is being made it is a run already; what was written aside at the end does not stay."""
+    before = f"""
+import os, types
+from vit_finetune import finetuning, run
+rename, kill = run.Path.replace, lambda *_, **__: os.kill(os.getpid(), 9)
+{deed}
+"""
+    run = Run(tmp_path / "run")
+    assert [child.wait() for child in place.train(run, before=before)] == [-9]
+    assert run.exists()
+    place.finish(run, whole, said=said)
 
 
 def test_a_loader_process_that_is_killed(place: Place, whole: Run, tmp_path: Path) -> None:

@@ -62,9 +62,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path: Path) -> No
 
 
 def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
-    with pytest.raises(
-        RunError, match=r"provenance\.json is missing: .* Delete the folder and start it again"
-    ):
+    with pytest.raises(RunError, match=r"provenance\.json is missing: .* Continue it with --resume"):
         started(tmp_path / "run").read_provenance()
 
 

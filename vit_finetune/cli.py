@@ -199,8 +199,10 @@ def _guarded(work: Callable[[], None], debug: bool) -> None:
         if debug:
             raise
         failed = True
-        _answer_signals(signal.SIG_DFL)  # the launcher ends the others, while this one is leaving
+        # The launcher ends the others as soon as it sees that one is gone: not before they have said why.
+        _answer_signals(signal.SIG_IGN)
         _fail_once(_explain(error))
+        _answer_signals(signal.SIG_DFL)
         raise typer.Exit(1) from None
     finally:
         if not failed:  # with others that are gone, taking leave could wait for them

@@ -136,8 +136,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
 # --------------------------------------------------------------------------- before training
 
 
-def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """The provenance of the run to resume.
+def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any] | None:
+    """The provenance of the run to resume; None where it was stopped while its folder was being made.
 
     Raises:
         RunError: the recipe says something else than the run's in a way that would train another model.
@@ -160,7 +160,7 @@ def _same_as_before(recipe: Recipe, run: Run) -> dict[str, Any]:
             f"same words, "
             f"or start another run with training.output_dir=…"
         )
-    return run.read_provenance()
+    return run.read_provenance() if run.provenance.is_file() else None
 
 
 def _checkpoint(run: Run, recipe: Recipe, world: World) -> str | None:
@@ -199,12 +199,13 @@ def _open(
             raise RunError(
                 f"{run.path}: another process has just begun a run there; set training.output_dir=…"
             ) from None
+    run.remove_leftovers()
     try:
-        write_json(run.provenance, provenance)
+        write_text(run.recipe, recipe.to_yaml())  # first: a folder with a recipe can be resumed
         save_splits(data.splits, run)
         write_text(run.findings, data.findings.shortened().to_json())
         _save_augmented(run, train)
-        write_text(run.recipe, recipe.to_yaml())  # last: a folder with a recipe is a run
+        write_json(run.provenance, provenance)  # last: without it, a resumed run begins anew
     except BaseException:
         if new:
             shutil.rmtree(run.path, ignore_errors=True)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -261,6 +262,15 @@ class Run:
                     f"training.output_dir=…"
                 )
 
+    def remove_leftovers(self) -> None:
+        """Removes what a killed process was writing: `written_whole`'s and `folder_written_whole`'s."""
+        for path in list(self.path.rglob(".*")):
+            if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
     def read_provenance(self) -> dict[str, Any]:
         """Where this run came from: versions, hardware, data, times.
 
@@ -270,7 +280,7 @@ class Run:
         if not self.provenance.is_file():
             raise RunError(
                 f"{self.path}: {self.provenance.name} is missing: the run stopped before its first step. "
-                f"Delete the folder and start it again"
+                f"Continue it with --resume"
             )
         facts: dict[str, Any] = json.loads(self.provenance.read_text(encoding="utf-8"))
         return facts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
 import warnings
@@ -34,7 +36,7 @@ from vit_finetune.data.transforms import (
 )
 from vit_finetune.model.loading import restore_weights
 from vit_finetune.recipe import TrainingConfig
-from vit_finetune.run import RunError
+from vit_finetune.run import RunError, is_disk_full
 from vit_finetune.training.callbacks import StopOnSignal
 from vit_finetune.training.checkpoints import (
     STATE,
@@ -428,9 +430,11 @@ class ViTTrainer(Trainer):
                 if saves:
                     state.save_to_json(str(written / STATE))
                     finish_checkpoint(checkpoint)
-            except BaseException:
+            except BaseException as error:
                 if saves:
                     shutil.rmtree(written, ignore_errors=True)
+                if is_disk_full(error):  # most libraries do not say which disk
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root)) from error
                 raise
             self.accelerator.wait_for_everyone()
             if saves:

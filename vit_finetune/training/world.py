@@ -222,14 +222,14 @@ def is_first_to_fail(environment: MutableMapping[str, str]) -> bool:
     if size == 1:
         return True
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            environment["MASTER_ADDR"],
-            int(environment["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=5),
-        )
+        host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        # Where the main process kept the place and is just dying, its sockets close within a moment. torch
+        # tries one that is closed for many seconds, and tells of each attempt in a page of C++.
+        time.sleep(0.2)
+        socket.create_connection((host, port), timeout=2).close()
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         rank = environment.get("RANK", "0").encode()
         attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         return bool(store.compare_set(f"vit_finetune/failed/{attempt}", "", rank.decode()) == rank)
-    except (RuntimeError, KeyError, ValueError):
+    except (OSError, RuntimeError, KeyError, ValueError):
         return True
