@@ -199,6 +199,7 @@ def _guarded(work: Callable[[], None], debug: bool) -> None:
         if debug:
             raise
         failed = True
+        _answer_signals(signal.SIG_DFL)  # the launcher ends the others, while this one is leaving
         _fail_once(_explain(error))
         raise typer.Exit(1) from None
     finally:
@@ -212,9 +213,13 @@ def _listen() -> None:
     def stop(number: int, frame: Any) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name} before anything was begun", number)
 
+    _answer_signals(stop)
+
+
+def _answer_signals(handler: Any) -> None:
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+            signal.signal(getattr(signal, name), handler)
 
 
 def _fail_once(message: str) -> None:

@@ -114,7 +114,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
                 write_json(run.provenance, provenance)
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
-                f"Go on with: {_resuming(command)}",
+                f"Go on with: {_resuming(command, world)}",
                 stop.number or signal.SIGTERM,
             )
         weights = trainer.whole_weights()
@@ -178,10 +178,12 @@ def _checkpoint(run: Run, recipe: Recipe, world: World) -> str | None:
     return world.from_main(found)  # type: ignore[no-any-return]
 
 
-def _resuming(command: str | None) -> str:
+def _resuming(command: str | None, world: World) -> str:
     """What to say to continue a run: the same words, and --resume."""
     if command is None:
         return "finetune(recipe, resume=True)"
+    if world.size > 1:
+        return "the same words to the launcher, and --resume"
     return command if "--resume" in command.split() else f"{command} --resume"
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -308,6 +310,26 @@ class EpochLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def outlive_signals(worker: int) -> None:
+    """For loader processes (`worker_init_fn`): leaves what a signal means to the process they load for.
+
+    Ctrl-C and a cluster's SIGTERM go to the whole group of processes; a loader process that died of it would
+    take the checkpoint with it. Only what its own parent sends ends it.
+    """
+    asked = {signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])}
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(asked).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

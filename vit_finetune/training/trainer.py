@@ -27,6 +27,7 @@ from vit_finetune.data.transforms import (
     TrainingImages,
     collate,
     normalize,
+    outlive_signals,
 )
 from vit_finetune.model.loading import restore_weights
 from vit_finetune.recipe import TrainingConfig
@@ -219,7 +220,14 @@ class ViTTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=outlive_signals,
         )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """The Trainer's."""
+        loader: DataLoader[Any] = super().get_eval_dataloader(*args, **kwargs)
+        getattr(loader, "base_dataloader", loader).worker_init_fn = outlive_signals
+        return loader
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Images in an epoch of all processes; of a stream that does not tell, as many as fit."""

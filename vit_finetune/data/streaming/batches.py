@@ -23,6 +23,7 @@ from vit_finetune.data.transforms import (
     build_augmentation,
     collate,
     filling,
+    outlive_signals,
     output_size,
     read_varied,
 )
@@ -118,6 +119,7 @@ class StreamBatches(Dataset[Batch]):
                 num_workers=self.num_workers,
                 prefetch_factor=self.prefetch_factor if self.num_workers else None,
                 pin_memory=self.pin_memory,
+                worker_init_fn=outlive_signals,
             )
             images = 0
             for chunk in loader:
