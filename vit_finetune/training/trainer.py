@@ -305,7 +305,8 @@ class ViTTrainer(Trainer):
         ):  # there, steps with infinite gradients are passed over, and the weights stay finite
             self.diverged.zero_()
         weights = (p.isfinite().all() for p in self.model.parameters() if p.is_floating_point())
-        if self.diverged or not torch.stack(list(weights)).all():
+        # The weights first: where they are divided (FSDP), all processes look at them together.
+        if not torch.stack(list(weights)).all() or self.diverged:
             raise RunError(
                 f"training diverged: at step {self.state.global_step} the loss or a weight is NaN or inf. "
                 f"Lower training.learning_rate or raise training.warmup_steps, and start another run"
@@ -455,7 +456,7 @@ class ViTTrainer(Trainer):
         restore_weights(self.model, best)
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Every weight by name, on the main process; all processes call it, since each may hold a part (FSDP)."""
+        """Every weight by name, on the main process; all call it, since each may hold a part (FSDP)."""
         weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
         return weights
 

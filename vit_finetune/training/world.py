@@ -48,6 +48,7 @@ class World:
         self.timeout = timeout
         self.size, self.rank = self.state.num_processes, self.state.process_index
         check_world(self.size)
+        check_division(os.environ, self.state.distributed_type)
         self.group: Any = None
         if self.size > 1:  # over the CPU, so that what is agreed on does not wait for the device
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -147,6 +148,58 @@ def check_world(world_size: int) -> None:
             f"the launcher started {launched} processes, but {world_size} train together. Expected one world "
             f"of {launched}; on machines without an accelerator launch with `accelerate launch --config_file "
             f"recipes/accelerate/cpu.yaml`"
+        )
+
+
+def division_of(environment: MutableMapping[str, str]) -> str | None:
+    """How the launcher wants the model divided over the processes: FSDP, DEEPSPEED; None is not at all."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            return name
+    return None
+
+
+def check_division(environment: MutableMapping[str, str], formed: str) -> None:
+    """Makes sure that a model which the launcher wants divided is not trained whole in every process.
+
+    accelerate 1.15 does so on CPUs, without a word.
+
+    Args:
+        environment: what the launcher left.
+        formed: accelerate's kind of world.
+
+    Raises:
+        RunError: it would be.
+    """
+    if division_of(environment) == "FSDP" and formed in ("NO", "MULTI_CPU"):
+        raise RunError(
+            "the launcher wants the model divided (FSDP), which accelerate does over GPUs only. Launch with "
+            "recipes/accelerate/cpu.yaml, or where there are GPUs"
+        )
+
+
+def check_same_division(environment: MutableMapping[str, str], hardware: dict[str, Any]) -> None:
+    """Makes sure that checkpoints are read by the kind of world that wrote them.
+
+    Args:
+        environment: what the launcher left.
+        hardware: of the provenance of the run that is resumed.
+
+    Raises:
+        RunError: the model was divided otherwise, or by DeepSpeed over another number of processes.
+    """
+    names = {None: "whole in each process", "FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
+    before, now = hardware.get("division"), division_of(environment)
+    if before != now:
+        raise RunError(
+            f"the run was begun with the model {names[before]}, and this launcher wants it {names[now]}: it "
+            f"cannot read those checkpoints. Launch it as it was begun (see recipes/accelerate/)"
+        )
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    if now == "DEEPSPEED" and processes != hardware["processes"]:
+        raise RunError(
+            f"DeepSpeed reads its checkpoints with as many processes as wrote them only: expected "
+            f"--num_processes {hardware['processes']}, found {processes}"
         )
 
 
