@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,9 +26,12 @@ from conftest import TINY_VIT, draw_folder, tiny_recipe
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from vit_finetune.recipe import bundled_recipes
+from vit_finetune.recipe import bundled_recipes, load_recipe
 from vit_finetune.run import Run
 from vit_finetune.training.checkpoints import list_checkpoints
+from vit_finetune.training.hardware import Hardware
+from vit_finetune.training.loading import Loading, Speeds
+from vit_finetune.training.trainer import build_arguments
 
 CHECKOUT = Path(__file__).parents[1]
 CONFIGS = sorted((next(iter(bundled_recipes().values())).parent / "accelerate").iterdir())
@@ -64,6 +69,35 @@ def test_accelerate_takes_a_config(config: Path) -> None:
             assert name in known, name
             assert getattr(args, name) == value, name
     assert f"--config_file recipes/accelerate/{config.name}" in config.read_text()
+
+
+def test_the_commands_of_the_page_are_valid() -> None:
+    page = (CHECKOUT / "docs" / "processes.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^accelerate launch (.*)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        args = launch_command_parser().parse_args(shlex.split(command))
+        args.config_file = str(CHECKOUT / args.config_file)
+        _validate_launch_command(args)
+        assert (args.module, args.training_script) == (True, "vit_finetune")
+        verb, name, *overrides = args.training_script_args
+        assert verb == "train"
+        load_recipe(name.replace("RECIPE", "digits"), overrides)
+
+
+def test_a_launchers_precision_does_not_go_before_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    recipe = tiny_recipe("photos", tmp_path)
+    arguments = build_arguments(
+        recipe.training,
+        Hardware(True, False, False, "sdpa", 4),
+        Loading(0, None, False, None, Speeds(*[1.0] * 5)),
+        tmp_path,
+        8,
+    )
+    assert arguments.mixed_precision == "no"
 
 
 def test_fsdp_divides_layer_by_layer() -> None:

@@ -124,6 +124,11 @@ def show_plan(
     )
     for choice in hardware.choices:
         say(f"{choice.name}: {choice.value} ({choice.reason})")
+    if not hardware.use_cpu and processes == 1 < torch.accelerator.device_count():
+        say(
+            f"this process uses one of {torch.accelerator.device_count()} devices; "
+            f"`accelerate launch -m vit_finetune …` uses all"
+        )
     say(
         f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "
         f"{accumulation} accumulation = {per_step} images per step; {steps:,} steps, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -97,6 +98,10 @@ def build_arguments(
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in values:
             values[name.replace("gradient", "activation")] = values.pop(name)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher's would be taken where ours is fp32
+        os.environ["ACCELERATE_MIXED_PRECISION"] = (
+            "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
+        )
     try:
         arguments = ViTTrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -277,7 +282,7 @@ class ViTTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, of a model that has not diverged; a signal breaks an evaluation off."""
         control = self.control
-        if control.should_log or control.should_evaluate or control.should_save:
+        if control.should_log or control.should_evaluate:
             self._check_finite()
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -298,15 +303,15 @@ class ViTTrainer(Trainer):
             raise EvaluationStopped
         return super().prediction_step(*args, **kwargs)
 
-    def _check_finite(self) -> None:
-        """Raises RunError where a loss or a weight is not finite; a checkpoint of them would be of no use."""
-        if (
-            self.args.fp16
-        ):  # there, steps with infinite gradients are passed over, and the weights stay finite
+    def _check_finite(self, weights: bool = False) -> None:
+        """Raises RunError where a loss was not finite, or where asked, a weight is not."""
+        if self.args.fp16:  # its steps with infinite gradients are passed over, and the weights stay finite
             self.diverged.zero_()
-        weights = (p.isfinite().all() for p in self.model.parameters() if p.is_floating_point())
-        # The weights first: where they are divided (FSDP), all processes look at them together.
-        if not torch.stack(list(weights)).all() or self.diverged:
+        bad = bool(self.diverged)
+        if weights:  # where they are divided (FSDP), all processes look at them together, and none goes first
+            finite = [p.isfinite().all() for p in self.model.parameters() if p.is_floating_point()]
+            bad |= not torch.stack(finite).all()
+        if bad:
             raise RunError(
                 f"training diverged: at step {self.state.global_step} the loss or a weight is NaN or inf. "
                 f"Lower training.learning_rate or raise training.warmup_steps, and start another run"
@@ -375,6 +380,7 @@ class ViTTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes weights, optimizer, schedule, random states and progress: all of them, or nothing."""
         with self._clocked("checkpoints"):
+            self._check_finite(weights=True)
             root, state, saves = Path(self.args.output_dir), self.state, self.args.should_save
             checkpoint = root / f"checkpoint-{state.global_step}"
             written = aside(checkpoint)
