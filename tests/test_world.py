@@ -18,11 +18,13 @@ def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_launcher_that_starts_one_process_instead_of_several_is_an_error() -> None:
     alone = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
-    check_launcher(alone)
+    address = {"MASTER_ADDR": "127.0.0.1"}
+    check_launcher(alone, {})
     with pytest.raises(RunError, match=r"started one .* recipes/accelerate/cpu\.yaml"):
-        check_launcher(alone | {"MASTER_ADDR": "127.0.0.1"})
-    check_launcher(alone | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
-    check_launcher({"MASTER_ADDR": "127.0.0.1"})  # a cluster's own variables, without a launcher
+        check_launcher(alone | address, {})
+    check_launcher(alone | address, address)  # which was there before the launcher was called
+    check_launcher(alone | address | {"WORLD_SIZE": "2"}, {})
+    check_launcher(address, {})  # without a launcher
 
 
 @pytest.mark.parametrize(

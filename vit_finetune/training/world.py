@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -40,7 +40,7 @@ class World:
     """
 
     def __init__(self, timeout: float, use_cpu: bool) -> None:
-        check_launcher(os.environ)
+        check_launcher(os.environ, _environment_of_parent())
         if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             _choose_interface(os.environ)
         # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
@@ -118,21 +118,34 @@ class World:
             raise
 
 
-def check_launcher(environment: MutableMapping[str, str]) -> None:
+def check_launcher(environment: Mapping[str, str], launcher: Mapping[str, str]) -> None:
     """Makes sure that `accelerate launch` did not start one process where it was asked for several.
 
     Its `--cpu` does so, without a word (accelerate 1.15); what remains of the wish is an address to meet at.
+
+    Args:
+        environment: of this process.
+        launcher: of the process that started it.
 
     Raises:
         RunError: so it is.
     """
     asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment)
+    asked = asked and "MASTER_ADDR" not in launcher  # else it was there before
     if asked and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(environment):
         raise RunError(
             "accelerate was told of several processes, but started one (its `--cpu` does that). Start them "
             "with `accelerate launch --config_file recipes/accelerate/cpu.yaml --num_processes 2 -m "
             "vit_finetune train …`"
         )
+
+
+def _environment_of_parent() -> Mapping[str, str]:
+    """What the process that started this one was started with; nothing, where the system does not tell."""
+    try:
+        return psutil.Process().parent().environ()  # type: ignore[union-attr]
+    except (psutil.Error, AttributeError):
+        return {}
 
 
 def check_world(world_size: int) -> None:
@@ -151,7 +164,7 @@ def check_world(world_size: int) -> None:
         )
 
 
-def division_of(environment: MutableMapping[str, str]) -> str | None:
+def division_of(environment: Mapping[str, str]) -> str | None:
     """How the launcher wants the model divided over the processes: FSDP, DEEPSPEED; None is not at all."""
     for name in ("FSDP", "DEEPSPEED"):
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -159,7 +172,7 @@ def division_of(environment: MutableMapping[str, str]) -> str | None:
     return None
 
 
-def check_division(environment: MutableMapping[str, str], formed: str) -> None:
+def check_division(environment: Mapping[str, str], formed: str) -> None:
     """Makes sure that a model which the launcher wants divided is not trained whole in every process.
 
     accelerate 1.15 does so on CPUs, without a word.
@@ -178,7 +191,7 @@ def check_division(environment: MutableMapping[str, str], formed: str) -> None:
         )
 
 
-def check_same_division(environment: MutableMapping[str, str], hardware: dict[str, Any]) -> None:
+def check_same_division(environment: Mapping[str, str], hardware: dict[str, Any]) -> None:
     """Makes sure that checkpoints are read by the kind of world that wrote them.
 
     Args:
@@ -266,7 +279,7 @@ def is_lost_connection(error: BaseException) -> bool:
     )
 
 
-def is_first_to_fail(environment: MutableMapping[str, str]) -> bool:
+def is_first_to_fail(environment: Mapping[str, str]) -> bool:
     """Whether this process is the first of its world that fails, and so has to say why.
 
     What others say after it is that they lost it. Where the place that they meet at is gone, all speak.
