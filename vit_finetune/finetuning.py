@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from typing import Any
@@ -45,7 +46,7 @@ from vit_finetune.training.checkpoints import newest_intact, remove_leftovers
 from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
-from vit_finetune.training.world import World, check_machines_agree
+from vit_finetune.training.world import World, check_machines_agree, check_same_division
 
 
 def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -> Run:
@@ -66,6 +67,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     if before and run.report_html.is_file():
         say(f"{run.path} is finished already: {run.report_html}")
         return run
+    if before:
+        check_same_division(os.environ, before["hardware"])
     with quiet_libraries(), form_world(recipe) as world, StopOnSignal(world).listening() as stop:
         with world.one_per_machine_first():
             data = prepare_data(recipe.data)

@@ -114,7 +114,7 @@ def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         _check_weights(str(checkpoint))
         saved, info = _from_pretrained(type(model), str(checkpoint), None, copy.deepcopy(model.config), None)
         _check_fit(str(checkpoint), saved, info, head_may_be_new=False)
-    # Not load_state_dict: where the weights are divided over the processes (FSDP), each takes its part of them.
+    # Not load_state_dict: where the weights are divided over the processes (FSDP), each takes its part.
     options = StateDictOptions(full_state_dict=True, strict=True)
     set_model_state_dict(model, saved.state_dict(), options=options)
 
