@@ -26,6 +26,7 @@ DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 JOURNAL = """
 import hashlib, json, os, pathlib
+import torch
 from vit_finetune import finetuning
 from vit_finetune.training.trainer import ViTTrainer
 plain_step, plain_metrics, batches = ViTTrainer.training_step, finetuning._validation_metrics, {}
@@ -37,16 +38,22 @@ def step(self, model, inputs, *args, **kwargs):
         hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
         for pixels, label in zip(inputs["pixel_values"], inputs["labels"].tolist()) if label != -100
     ]
-    print(json.dumps({"step": number, "batch": batches[number], "images": shown}), file=journal)
+    told = {"step": number, "batch": batches[number], "images": shown, "loss": loss_of(self, inputs)}
+    print(json.dumps(told), file=journal)
     if (number, self.args.process_index) == (%d, %d) and batches[number] == 0:
         os.kill(os.getpid(), %d)
     return plain_step(self, model, inputs, *args, **kwargs)
+@torch.no_grad()
+def loss_of(self, inputs):
+    inputs = self._prepare_inputs(inputs)
+    logits = self.accelerator.unwrap_model(self.model)(pixel_values=inputs["pixel_values"]).logits
+    return float(torch.nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=0.1, reduction="sum"))
 def metrics(prediction):
     print(json.dumps({"evaluated": prediction.label_ids.tolist()}), file=journal)
     return plain_metrics(prediction)
 ViTTrainer.training_step, finetuning._validation_metrics = step, metrics
 """
-"""Source to run before: notes the pixels that each batch is made of, and which labels are evaluated.
+"""Source to run before: notes the pixels that each batch is made of, its loss, and which labels are evaluated.
 
 It may also send the process a signal, in a step of a process: where `%d` stands.
 """
@@ -99,15 +106,26 @@ class Trained:
             for step, found in sorted(places.items())
         }
 
-    def evaluated(self) -> list[list[int]]:
-        """The labels that were evaluated, sorted, for each evaluation of each process."""
-        lines = [
+    def summed_losses(self) -> dict[int, float]:
+        """The sum of the images' losses by step, as plain PyTorch gives it where there is no dropout."""
+        sums: dict[int, float] = {}
+        for entry in self.entries():
+            if "step" in entry:
+                sums[entry["step"]] = sums.get(entry["step"], 0.0) + entry["loss"]
+        return sums
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All that was noted."""
+        return [
             json.loads(line)
             for children in self.sessions
             for child in children
             for line in (child.folder / "journal").read_text().splitlines()
         ]
-        return [sorted(entry["evaluated"]) for entry in lines if "evaluated" in entry]
+
+    def evaluated(self) -> list[list[int]]:
+        """The labels that were evaluated, sorted, for each evaluation of each process."""
+        return [sorted(entry["evaluated"]) for entry in self.entries() if "evaluated" in entry]
 
     def losses(self) -> dict[int, float]:
         """Training loss by step."""

@@ -62,7 +62,7 @@ def alone(place: Place) -> Trained:
     return train(place, ALONE, False, 8)
 
 
-def check_reading(trained: Trained) -> None:
+def check_reading(trained: Trained, dropout: bool = False) -> None:
     """Makes sure that every image was trained on once an epoch, and evaluated once each time."""
     steps = trained.steps()
     sizes = [PER_STEP] * (IMAGES // PER_STEP) + [IMAGES % PER_STEP]
@@ -70,6 +70,10 @@ def check_reading(trained: Trained) -> None:
     images = [image for found in steps.values() for image in found]
     for epoch in range(EPOCHS):
         assert len(set(images[epoch * IMAGES : (epoch + 1) * IMAGES])) == IMAGES
+    if not dropout:  # a step's loss is the mean of its images, also of a smaller last step
+        sums = trained.summed_losses()
+        means = {step + 1: sums[step] / len(images) for step, images in steps.items()}
+        assert trained.losses() == pytest.approx(means, abs=1e-5)
     labels = sorted([0, 1, 2] * (HELD_OUT // 3))
     processes = len(trained.sessions[0])
     assert trained.evaluated() == [labels] * (STEPS // 2 * processes)
@@ -93,9 +97,10 @@ def test_dropout_depends_on_the_place_in_the_step_alone(place: Place, alone: Tra
     """Equal batches are given equal random numbers, whichever process they are computed by, and when."""
     equal = [division for division in DIVISIONS if division.batch == 2]
     first, *others = [train(place, division, True, DIVISIONS[division]) for division in equal]
-    assert first.steps() == alone.steps()
+    check_reading(first, dropout=True)
     assert abs(first.losses()[1] - alone.losses()[1]) > 1e-3, "there was no dropout"
     for other in others:
+        assert other.steps() == first.steps() == alone.steps()
         check_same(other, first)
 
 

@@ -96,10 +96,8 @@ def build_arguments(
         "label_names": ["labels"],
         "disable_tqdm": True,  # our own bar shows loss and images/s
     }
-    if (
-        "log_level_replica" not in training.model_fields_set
-    ):  # the others are as quiet as the main one
-        values["log_level_replica"] = "error"
+    if "log_level_replica" not in training.model_fields_set:
+        values["log_level_replica"] = "error"  # the other processes are as quiet as the main one
     if not loading.num_workers:  # torch refuses it where no process is started
         values["dataloader_multiprocessing_context"] = None
     # The Trainer's new name for it; the old one warns.
