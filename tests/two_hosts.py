@@ -91,32 +91,38 @@ class Host:
 
 
 def fork_on(
-    forks: ForkServer, hosts: Sequence[Host], folder: Path, *words: object, before: str = "", cache: Path
+    forks: ForkServer,
+    hosts: Sequence[Host],
+    folder: Path,
+    *words: object,
+    before: str = "",
+    each: int = 1,
 ) -> list[Child]:
-    """Starts one process of a run on each host, as a launcher would, but without the time that importing takes.
+    """Starts the processes of a run on hosts, as a launcher would, but without the time that importing takes.
 
     Args:
         forks: what forks them.
         hosts: the first is where they meet.
-        folder: for their output; each works in a folder of its own, named as its host's rank.
+        folder: for their output; each works in a folder of its own, and each host has its own `cache`.
         words: what stands after `vit-finetune`.
         before: Python source that they run first.
-        cache: each host has its own below it.
+        each: processes of a host.
     """
     return [
         forks.start(
-            folder / str(host.rank),
+            folder / str(host.rank) / str(place),
             *words,
             before=host.enter + before,
-            RANK=str(number),
-            LOCAL_RANK="0",
-            WORLD_SIZE=str(len(hosts)),
-            LOCAL_WORLD_SIZE="1",
+            RANK=str(number * each + place),
+            LOCAL_RANK=str(place),
+            WORLD_SIZE=str(len(hosts) * each),
+            LOCAL_WORLD_SIZE=str(each),
             MASTER_ADDR=hosts[0].address,
             MASTER_PORT=str(PORT),
-            VIT_FINETUNE_CACHE=str(cache / str(host.rank)),
+            VIT_FINETUNE_CACHE=str(folder / str(host.rank) / "cache"),
         )
         for number, host in enumerate(hosts)
+        for place in range(each)
     ]
 
 

@@ -83,6 +83,11 @@ def journalled(signal: Signal | None = None) -> str:
     return QUICK + JOURNAL % ((signal.step, signal.rank, signal.number) if signal else (-1, -1, 0))
 
 
+def noted(child: Child) -> list[dict[str, Any]]:
+    """What a process put into its journal."""
+    return [json.loads(line) for line in (child.folder / "journal").read_text().splitlines()]
+
+
 @dataclass
 class Trained:
     """What one world, or several after another, did for one run."""
@@ -96,8 +101,7 @@ class Trained:
         for children in self.sessions:
             these: dict[int, dict[tuple[int, int], list[str]]] = {}
             for rank, child in enumerate(children):
-                for line in (child.folder / "journal").read_text().splitlines():
-                    entry = json.loads(line)
+                for entry in noted(child):
                     if "step" in entry:
                         these.setdefault(entry["step"], {})[entry["batch"], rank] = entry["images"]
             places |= these
@@ -116,12 +120,7 @@ class Trained:
 
     def entries(self) -> list[dict[str, Any]]:
         """All that was noted."""
-        return [
-            json.loads(line)
-            for children in self.sessions
-            for child in children
-            for line in (child.folder / "journal").read_text().splitlines()
-        ]
+        return [entry for children in self.sessions for child in children for entry in noted(child)]
 
     def evaluated(self) -> list[list[int]]:
         """The labels that were evaluated, sorted, for each evaluation of each process."""

@@ -12,7 +12,19 @@ import pytest
 from conftest import draw_image
 from fork_server import PATIENCE, Child, ForkServer, wait_for
 from two_hosts import Host, fork_on, two_hosts
-from worlds import Division, Place, Signal, Trained, check_same, draw_photos, finish, journalled, said
+from worlds import (
+    IMAGES,
+    Division,
+    Place,
+    Signal,
+    Trained,
+    check_same,
+    draw_photos,
+    finish,
+    journalled,
+    noted,
+    said,
+)
 
 from vit_finetune.run import Run
 from vit_finetune.training.checkpoints import find_damage, list_checkpoints
@@ -23,7 +35,7 @@ TIMEOUT = 10
 """Seconds that a process waits for one that does not answer."""
 WORDS = ["training.num_train_epochs=10", f"training.ddp_timeout={TIMEOUT}"]
 """Long enough for something to happen in the middle."""
-ALONE, TWO = Division(1, 2, 4), Division(2, 2, 2)
+ALONE, TWO, FOUR = Division(1, 2, 4), Division(2, 2, 2), Division(4, 2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +66,7 @@ def start(
     recipe = place.write_recipe(run, TWO, True, 4)
     told = ["train", recipe, *WORDS, *(["--resume"] if run.exists() else [])]
     folder = place.folder / f"{name}.hosts-{len(list(place.folder.glob(f'{name}.hosts-*')))}"
-    return run, fork_on(
-        place.forks, hosts, folder, *told, before=journalled(signal), cache=place.folder / "caches"
-    )
+    return run, fork_on(place.forks, hosts, folder, *told, before=journalled(signal))
 
 
 def check_intact(run: Run, least: int) -> None:
@@ -133,6 +143,31 @@ def test_two_hosts_train_what_one_process_trains(place: Place, whole: Trained, h
     check_same(trained, whole)
 
 
+KEEPING = """
+from vit_finetune.data import cache
+plain_add = cache._Pack.add
+def add(self, digest, *pixels):
+    print(json.dumps({"kept": digest}), file=journal)
+    return plain_add(self, digest, *pixels)
+cache._Pack.add = add
+os.chdir("..")
+"""
+"""Source to run after the journal's: notes what a process puts into the cache of its host."""
+
+
+def test_a_cache_is_filled_once_on_each_host(place: Place, hosts: list[Host]) -> None:
+    """By one of its two processes, while the other waits."""
+    run = Run(place.folder / "cached")
+    recipe = place.write_recipe(run, FOUR, True, 4)
+    # The cache is below each host's own folder.
+    words = ["train", recipe, "training.num_train_epochs=1", "data.cache=pixels"]
+    folder, before = place.folder / "cached.hosts", journalled() + KEEPING
+    children = fork_on(place.forks, hosts, folder, *words, before=before, each=2)
+    finish(children)
+    kept = [len([entry for entry in noted(child) if "kept" in entry]) for child in children]
+    assert kept == [IMAGES, 0, IMAGES, 0]
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_host_is_killed_and_the_other_goes_on_alone(
     place: Place, whole: Trained, hosts: list[Host], lost: int
@@ -168,7 +203,6 @@ def refused(
         *WORDS,
         "data.path=photos",
         before=before,
-        cache=place.folder / "caches",
     )
     assert [child.wait() for child in children] == [1, 1], said(children)
     told = "".join(child.stderr for child in children)
