@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,6 +169,8 @@ class ViTTrainer(Trainer):
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         for handler in args["kwargs_handlers"]:
             handler.gradient_as_bucket_view = True
+        # Of the class token's (1, 1, width), whose strides are others only where the size is 1.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return args
 
     # -- where the time goes
