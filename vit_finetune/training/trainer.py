@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from vit_finetune.training.checkpoints import (
     aside,
     find_damage,
     finish_checkpoint,
+    remove_checkpoint,
     rotate_checkpoints,
 )
 from vit_finetune.training.hardware import Hardware, share_casts
@@ -413,7 +414,8 @@ class ViTTrainer(Trainer):
                     finish_checkpoint(checkpoint)
             except BaseException as error:
                 if saves:
-                    shutil.rmtree(written, ignore_errors=True)
+                    with suppress(OSError):  # away at once: other processes may still be writing there
+                        remove_checkpoint(written)
                 if is_disk_full(error):  # most libraries do not say which disk
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root)) from error
                 raise
