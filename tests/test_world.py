@@ -6,7 +6,7 @@ import pytest
 
 from vit_finetune.run import RunError
 from vit_finetune.training.hardware import divide_step
-from vit_finetune.training.world import check_launcher, check_world
+from vit_finetune.training.world import check_division, check_launcher, check_same_division, check_world
 
 
 def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,11 +18,13 @@ def test_a_world_that_did_not_form_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_launcher_that_starts_one_process_instead_of_several_is_an_error() -> None:
     alone = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
-    check_launcher(alone)
+    address = {"MASTER_ADDR": "127.0.0.1"}
+    check_launcher(alone, {})
     with pytest.raises(RunError, match=r"started one .* recipes/accelerate/cpu\.yaml"):
-        check_launcher(alone | {"MASTER_ADDR": "127.0.0.1"})
-    check_launcher(alone | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
-    check_launcher({"MASTER_ADDR": "127.0.0.1"})  # a cluster's own variables, without a launcher
+        check_launcher(alone | address, {})
+    check_launcher(alone | address, address)  # which was there before the launcher was called
+    check_launcher(alone | address | {"WORLD_SIZE": "2"}, {})
+    check_launcher(address, {})  # without a launcher
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,24 @@ def test_a_step_that_cannot_be_divided_names_the_counts_that_can() -> None:
         RunError, match=r"6 images per step, which 4 processes .* one of 1, 2, 3, 6 processes"
     ):
         divide_step(6, 4, 2)
+
+
+FSDP, DEEPSPEED = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
+
+
+def test_a_model_that_was_to_be_divided_is_not_trained_whole() -> None:
+    check_division(FSDP, "MULTI_GPU")
+    check_division({}, "MULTI_CPU")
+    for formed in ("MULTI_CPU", "NO"):
+        with pytest.raises(RunError, match=r"divided \(FSDP\)"):
+            check_division(FSDP, formed)
+
+
+def test_checkpoints_are_read_by_the_kind_of_world_that_wrote_them() -> None:
+    check_same_division({}, {"processes": 1})  # of runs that did not note it
+    check_same_division(FSDP | {"WORLD_SIZE": "4"}, {"processes": 2, "division": "FSDP"})
+    check_same_division(DEEPSPEED, {"processes": 2, "division": "DEEPSPEED"})
+    with pytest.raises(RunError, match=r"begun with the model FSDP, .* wants it whole in each process"):
+        check_same_division({}, {"processes": 2, "division": "FSDP"})
+    with pytest.raises(RunError, match="expected --num_processes 4, found 2"):
+        check_same_division(DEEPSPEED, {"processes": 4, "division": "DEEPSPEED"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from typing import Any
@@ -45,7 +46,7 @@ from vit_finetune.training.checkpoints import newest_intact, remove_leftovers
 from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
 from vit_finetune.training.trainer import ViTTrainer, build_arguments
-from vit_finetune.training.world import World, check_machines_agree
+from vit_finetune.training.world import World, check_machines_agree, check_same_division
 
 
 def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -> Run:
@@ -66,6 +67,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     if before and run.report_html.is_file():
         say(f"{run.path} is finished already: {run.report_html}")
         return run
+    if before:
+        check_same_division(os.environ, before["hardware"])
     with quiet_libraries(), form_world(recipe) as world, StopOnSignal(world).listening() as stop:
         with world.one_per_machine_first():
             data = prepare_data(recipe.data)
@@ -117,8 +120,9 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
                 f"Go on with: {_resuming(command, world)}",
                 stop.number or signal.SIGTERM,
             )
+        weights = trainer.whole_weights()
         if world.is_main:
-            _save_model(run, model, image_processor)
+            _save_model(run, model, weights, image_processor)
             write_json(run.history, trainer.state.log_history)
             write_json(run.provenance, provenance)
         world.wait()
@@ -239,10 +243,12 @@ def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
 
 
-def _save_model(run: Run, model: PreTrainedModel, image_processor: BaseImageProcessor) -> None:
+def _save_model(
+    run: Run, model: PreTrainedModel, weights: dict[str, torch.Tensor], image_processor: BaseImageProcessor
+) -> None:
     """Writes `model/`, whole or not at all."""
     with folder_written_whole(run.model) as aside:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
         image_processor.save_pretrained(aside)
         shutil.rmtree(run.model, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
     AutoConfig,
     BaseImageProcessor,
@@ -113,7 +114,9 @@ def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         _check_weights(str(checkpoint))
         saved, info = _from_pretrained(type(model), str(checkpoint), None, copy.deepcopy(model.config), None)
         _check_fit(str(checkpoint), saved, info, head_may_be_new=False)
-    model.load_state_dict(saved.state_dict(), strict=True)
+    # Not load_state_dict: where the weights are divided over the processes (FSDP), each takes its part.
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    set_model_state_dict(model, saved.state_dict(), options=options)
 
 
 # --------------------------------------------------------------------------- from scratch

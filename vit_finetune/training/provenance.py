@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from vit_finetune.run import RunError
 from vit_finetune.training.hardware import Hardware, describe_hardware, peak_memory
 from vit_finetune.training.loading import Loading, describe_waiting
 from vit_finetune.training.trainer import ViTTrainer
+from vit_finetune.training.world import division_of
 
 PACKAGES = [
     "vit-finetune",
@@ -65,7 +67,7 @@ def describe_start(
         "recipe_name": recipe.name,
         "recipe": yaml.safe_load(recipe.to_yaml(resolved=False)),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
-        "hardware": describe_hardware(hardware.use_cpu, processes),
+        "hardware": describe_hardware(hardware.use_cpu, processes) | {"division": division_of(os.environ)},
         "choices": [asdict(choice) for choice in hardware.choices],
         "seed": recipe.training.seed,
         "images_per_step": processes * hardware.batch_size * hardware.accumulation,

@@ -101,6 +101,10 @@ def build_arguments(
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in values:
             values[name.replace("gradient", "activation")] = values.pop(name)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher's would be taken where ours is fp32
+        os.environ["ACCELERATE_MIXED_PRECISION"] = (
+            "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
+        )
     try:
         arguments = ViTTrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -308,10 +312,10 @@ class ViTTrainer(Trainer):
         """Raises RunError where a loss was not finite, or where asked, a weight is not."""
         if self.args.fp16:  # its steps with infinite gradients are passed over, and the weights stay finite
             self.diverged.zero_()
-        bad = self.diverged
-        if weights:
+        bad = bool(self.diverged)
+        if weights:  # where they are divided (FSDP), all processes look at them together, and none goes first
             finite = [p.isfinite().all() for p in self.model.parameters() if p.is_floating_point()]
-            bad = bad | ~torch.stack(finite).all()
+            bad |= not torch.stack(finite).all()
         if bad:
             raise RunError(
                 f"training diverged: at step {self.state.global_step} the loss or a weight is NaN or inf. "
@@ -464,6 +468,11 @@ class ViTTrainer(Trainer):
                 f"the last checkpoint that can"
             )
         restore_weights(self.model, best)
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Every weight by name, on the main process; all call it, since each may hold a part (FSDP)."""
+        weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
+        return weights
 
 
 def count_images(labels: torch.Tensor) -> int:

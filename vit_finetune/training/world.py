@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -40,7 +40,7 @@ class World:
     """
 
     def __init__(self, timeout: float, use_cpu: bool) -> None:
-        check_launcher(os.environ)
+        check_launcher(os.environ, _environment_of_parent())
         if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             _choose_interface(os.environ)
         # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
@@ -48,6 +48,7 @@ class World:
         self.timeout = timeout
         self.size, self.rank = self.state.num_processes, self.state.process_index
         check_world(self.size)
+        check_division(os.environ, self.state.distributed_type)
         self.group: Any = None
         if self.size > 1:  # over the CPU, so that what is agreed on does not wait for the device
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -117,21 +118,34 @@ class World:
             raise
 
 
-def check_launcher(environment: MutableMapping[str, str]) -> None:
+def check_launcher(environment: Mapping[str, str], launcher: Mapping[str, str]) -> None:
     """Makes sure that `accelerate launch` did not start one process where it was asked for several.
 
     Its `--cpu` does so, without a word (accelerate 1.15); what remains of the wish is an address to meet at.
+
+    Args:
+        environment: of this process.
+        launcher: of the process that started it.
 
     Raises:
         RunError: so it is.
     """
     asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment)
+    asked = asked and "MASTER_ADDR" not in launcher  # else it was there before
     if asked and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(environment):
         raise RunError(
             "accelerate was told of several processes, but started one (its `--cpu` does that). Start them "
             "with `accelerate launch --config_file recipes/accelerate/cpu.yaml --num_processes 2 -m "
             "vit_finetune train …`"
         )
+
+
+def _environment_of_parent() -> Mapping[str, str]:
+    """What the process that started this one was started with; nothing, where the system does not tell."""
+    try:
+        return psutil.Process().parent().environ()  # type: ignore[union-attr]
+    except (psutil.Error, AttributeError):
+        return {}
 
 
 def check_world(world_size: int) -> None:
@@ -147,6 +161,58 @@ def check_world(world_size: int) -> None:
             f"the launcher started {launched} processes, but {world_size} train together. Expected one world "
             f"of {launched}; on machines without an accelerator launch with `accelerate launch --config_file "
             f"recipes/accelerate/cpu.yaml`"
+        )
+
+
+def division_of(environment: Mapping[str, str]) -> str | None:
+    """How the launcher wants the model divided over the processes: FSDP, DEEPSPEED; None is not at all."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            return name
+    return None
+
+
+def check_division(environment: Mapping[str, str], formed: str) -> None:
+    """Makes sure that a model which the launcher wants divided is not trained whole in every process.
+
+    accelerate 1.15 does so on CPUs, without a word.
+
+    Args:
+        environment: what the launcher left.
+        formed: accelerate's kind of world.
+
+    Raises:
+        RunError: it would be.
+    """
+    if division_of(environment) == "FSDP" and formed in ("NO", "MULTI_CPU"):
+        raise RunError(
+            "the launcher wants the model divided (FSDP), which accelerate does over GPUs only. Launch with "
+            "recipes/accelerate/cpu.yaml, or where there are GPUs"
+        )
+
+
+def check_same_division(environment: Mapping[str, str], hardware: dict[str, Any]) -> None:
+    """Makes sure that checkpoints are read by the kind of world that wrote them.
+
+    Args:
+        environment: what the launcher left.
+        hardware: of the provenance of the run that is resumed.
+
+    Raises:
+        RunError: the model was divided otherwise, or by DeepSpeed over another number of processes.
+    """
+    names = {None: "whole in each process", "FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
+    before, now = hardware.get("division"), division_of(environment)
+    if before != now:
+        raise RunError(
+            f"the run was begun with the model {names[before]}, and this launcher wants it {names[now]}: it "
+            f"cannot read those checkpoints. Launch it as it was begun (see recipes/accelerate/)"
+        )
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    if now == "DEEPSPEED" and processes != hardware["processes"]:
+        raise RunError(
+            f"DeepSpeed reads its checkpoints with as many processes as wrote them only: expected "
+            f"--num_processes {hardware['processes']}, found {processes}"
         )
 
 
@@ -213,7 +279,7 @@ def is_lost_connection(error: BaseException) -> bool:
     )
 
 
-def is_first_to_fail(environment: MutableMapping[str, str]) -> bool:
+def is_first_to_fail(environment: Mapping[str, str]) -> bool:
     """Whether this process is the first of its world that fails, and so has to say why.
 
     What others say after it is that they lost it. Where the place that they meet at is gone, all speak.
