@@ -98,6 +98,7 @@ def ended(children: Sequence[Child], codes: Sequence[int], errors: int = 1) -> s
     )
     told = "".join(child.stderr for child in children)
     assert "Traceback" not in told, told
+    assert "Warning" not in told, told
     assert "--debug" not in told, f"an error that nobody foresaw:\n{told}"
     assert len(re.findall(r"^(?:process \d+: )?error: ", told, re.MULTILINE)) == errors, told
     return told
@@ -229,6 +230,19 @@ def test_a_signal_while_evaluating(step: int, place: Place, whole: Run, tmp_path
     place.finish(run, whole)
 
 
+SIGNALLED = f"""
+import os, time
+from vit_finetune import finetuning
+plain = finetuning.{{function}}
+def stopped(*args, **kwargs):
+    {send(signal.SIGTERM)}
+    time.sleep(60)
+    return plain(*args, **kwargs)
+finetuning.{{function}} = stopped
+"""
+"""Source with which a process gets SIGTERM in a function of `finetuning`, whose name is to be filled in."""
+
+
 @pytest.mark.parametrize(
     ("function", "begun"),
     [("prepare_data", False), ("ViTTrainer", True), ("_score", True), ("write_card", True)],
@@ -238,16 +252,7 @@ def test_a_signal_before_the_first_step_and_after_the_last(
 ) -> None:
     """While there is nothing to keep, or all is kept already, it ends at once."""
     run = Run(tmp_path / "run")
-    before = f"""
-import os, time
-from vit_finetune import finetuning
-plain = finetuning.{function}
-def stopped(*args, **kwargs):
-    {send(signal.SIGTERM)}
-    time.sleep(60)
-    return plain(*args, **kwargs)
-finetuning.{function} = stopped
-"""
+    before = SIGNALLED.format(function=function)
     told = ended(place.train(run, before=before), [75], errors=0)
     assert "SIGTERM" in told
     assert "--resume" in told
@@ -489,16 +494,25 @@ def test_a_peer_that_is_killed_under_a_launcher(place: Place, whole_of_two: Run,
 POISON = "next(self.model.parameters()).data.fill_(float('nan'))"
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.distributed)])
-def test_a_weight_that_is_no_number(processes: int, place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "method", "newest"),
+    [
+        (1, "training_step", 4),
+        pytest.param(2, "training_step", 4, marks=pytest.mark.distributed),
+        (1, "_maybe_log_save_evaluate", 2),  # after a step whose loss was finite
+    ],
+)
+def test_a_weight_that_is_no_number(
+    processes: int, method: str, newest: int, place: Place, tmp_path: Path
+) -> None:
     """In one of the processes: all of them end, and no checkpoint keeps it."""
     run = Run(tmp_path / "run")
-    told = ended(
-        place.train(run, processes=processes, before=at(POISON, step=4, rank=processes - 1)), [1] * processes
-    )
+    words = ["training.eval_strategy=no", "training.load_best_model_at_end=false"]
+    before = at(POISON, step=4, method=method, rank=processes - 1)
+    told = ended(place.train(run, *words, processes=processes, before=before), [1] * processes)
     assert "training diverged" in told
     assert "training.learning_rate" in told
-    intact(run, 4)
+    intact(run, newest)
 
 
 def test_a_learning_rate_that_diverges(place: Place, tmp_path: Path) -> None:
@@ -589,16 +603,18 @@ def test_a_best_checkpoint_that_is_damaged_while_training(place: Place, whole: R
     assert "warning: " in place.finish(run, whole, said="")
 
 
-@pytest.mark.parametrize("left", ["nothing", "another"])
+@pytest.mark.parametrize("when", ["while training", "after training"])
 def test_a_run_folder_that_was_moved(
-    left: str, place: Place, stopped: Run, whole: Run, tmp_path: Path
+    when: str, place: Place, stopped: Run, whole: Run, tmp_path: Path
 ) -> None:
-    """Its checkpoints know the best one by step, not by the place where it used to be."""
+    """Its checkpoints know the best one by step, not by the place where it was and another run may be now."""
     run = Run(shutil.copytree(stopped.path, tmp_path / "run"))
-    ended(place.train(run, before=at(send(signal.SIGTERM), step=13)), [75], errors=0)
+    stop = (
+        at(send(signal.SIGTERM), step=13) if when == "while training" else SIGNALLED.format(function="_score")
+    )
+    ended(place.train(run, before=stop), [75], errors=0)
     moved = Run(run.path.rename(tmp_path / "moved"))
-    if left == "another":
-        shutil.copytree(stopped.path, tmp_path / "run")
-        for path in checkpoints(run).values():
-            flip(path / "model.safetensors")
+    shutil.copytree(stopped.path, tmp_path / "run")
+    for path in checkpoints(run).values():
+        flip(path / "model.safetensors")
     place.finish(moved, whole)

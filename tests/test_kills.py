@@ -233,7 +233,7 @@ def test_killed_at_twenty_moments_and_resumed_equals_uninterrupted(forks: ForkSe
             "num_train_epochs": 4,
             "learning_rate": 3e-4,
             "label_smoothing_factor": 0.1,
-            "logging_steps": 1,
+            "logging_steps": 2,
             "save_total_limit": 2,
         },
     )

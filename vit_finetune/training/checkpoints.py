@@ -59,7 +59,7 @@ def finish_checkpoint(checkpoint: Path) -> None:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Takes a checkpoint away: it is gone at once, not file by file."""
-    leaving = checkpoint.with_name(f".{checkpoint.name}.leaving")
+    leaving = checkpoint.with_name(f".{checkpoint.name.lstrip('.')}.leaving")
     shutil.rmtree(leaving, ignore_errors=True)
     checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)

@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from vit_finetune.training.checkpoints import (
     aside,
     find_damage,
     finish_checkpoint,
+    remove_checkpoint,
     rotate_checkpoints,
 )
 from vit_finetune.training.hardware import Hardware, share_casts
@@ -177,8 +178,8 @@ class ViTTrainer(Trainer):
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         for handler in args["kwargs_handlers"]:
             handler.gradient_as_bucket_view = True
-        # Of a batch of one image the gradient of what is expanded over it has other strides; it is copied.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        # Of the class token's (1, 1, width), whose strides are others only where the size is 1.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return args
 
     # -- where the time goes
@@ -434,7 +435,8 @@ class ViTTrainer(Trainer):
                     finish_checkpoint(checkpoint)
             except BaseException as error:
                 if saves:
-                    shutil.rmtree(written, ignore_errors=True)
+                    with suppress(OSError):  # away at once: other processes may still be writing there
+                        remove_checkpoint(written)
                 if is_disk_full(error):  # most libraries do not say which disk
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root)) from error
                 raise
