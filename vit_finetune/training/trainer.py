@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
@@ -95,6 +97,8 @@ def build_arguments(
         "label_names": ["labels"],
         "disable_tqdm": True,  # our own bar shows loss and images/s
     }
+    if "log_level_replica" not in training.model_fields_set:
+        values["log_level_replica"] = "error"  # the other processes are as quiet as the main one
     if not loading.num_workers:  # torch refuses it where no process is started
         values["dataloader_multiprocessing_context"] = None
     # The Trainer's new name for it; the old one warns.
@@ -207,6 +211,19 @@ class ViTTrainer(Trainer):
         with self._clocked("evaluation"):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's, with the mean loss of the images.
+
+        Its own is of batches' means, cut to the number of images: with several processes and a smaller last
+        batch it depends on who evaluated what, and the choice of the best checkpoint depends on it.
+        """
+        output = super().evaluation_loop(*args, **kwargs)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if output.metrics and name in output.metrics and isinstance(output.predictions, np.ndarray):
+            logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+            output.metrics[name] = float(cross_entropy(logits.double(), labels))
+        return output
 
     # -- data
 
