@@ -106,8 +106,8 @@ class StopOnSignal(TrainerCallback):
         self.is_training = False
         self.is_stopping = False
         """Whether training was ended by a signal, to this process or another."""
-        self.is_saved = False
-        """Whether the checkpoint of that is written, so that the end of the epoch has none to add."""
+        self.saved_step: int | None = None
+        """Step of the last checkpoint, so that the end of the epoch has none to add."""
         self.asked_at = 0.0
         self.previous: dict[int, Any] = {}
 
@@ -141,25 +141,29 @@ class StopOnSignal(TrainerCallback):
         """Whether any process got a signal; to be called by all of them."""
         return self.world.any(bool(self.number))
 
-    def on_train_begin(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """From now on there is something to keep."""
         self.is_training = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Remembers the checkpoint."""
+        self.saved_step = state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Asks for the end, and unless the epoch ends here too, for a checkpoint."""
         if self.is_asked():
-            self.stop(args, control)
+            self.stop(control)
             control.should_save = control.should_save or bool((state.epoch or 0.0) % 1)
 
-    def stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+    def stop(self, control: TrainerControl) -> None:
         """Asks for the end."""
         self.is_stopping = control.should_training_stop = True
-        # With a limit of 1 the Trainer ends by deleting all checkpoints but the best, the newest too.
-        args.save_total_limit = None
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -170,11 +174,13 @@ class StopOnSignal(TrainerCallback):
         the best: the resumed run would end with others than an uninterrupted one.
         """
         if self.is_stopping:
-            control.should_save = not self.is_saved and not (state.epoch or 0.0) % 1
+            control.should_save = self.saved_step != state.global_step and not (state.epoch or 0.0) % 1
             control.should_evaluate = control.should_evaluate and control.should_save
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """What follows is not kept: a signal ends it at once."""
+        """What follows is not kept: a signal ends it at once, and one since the last step does now."""
+        if self.is_asked() and self.saved_step == state.global_step:
+            self.is_stopping = True
         self.is_training = False

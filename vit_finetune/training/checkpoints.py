@@ -25,7 +25,8 @@ def step_of(checkpoint: Path) -> int:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run in the order of their steps; whether they are intact is not looked at."""
     found = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+    named = (path for path in found if re.fullmatch(r"checkpoint-[1-9][0-9]*", path.name))
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def aside(checkpoint: Path) -> Path:
@@ -91,7 +92,7 @@ def find_damage(checkpoint: Path) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in sums.items()}
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{CHECKSUMS} cannot be read"
     if STATE not in expected:
         return f"{CHECKSUMS} does not name {STATE}"

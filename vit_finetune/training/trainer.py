@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
@@ -81,6 +81,7 @@ class ViTTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None
+        self.control: TrainerControl
         super().__init__(
             model=model,
             args=args,
@@ -223,26 +224,49 @@ class ViTTrainer(Trainer):
         self._catch_up()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
+        elif not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, which with a limit of 1 would delete the newest checkpoint while it is needed."""
         self._catch_up()
+        self._check_finite(weights=True)
+        self.args.save_total_limit = None
+        self._tr_loss.fill_(self._mean_over_processes(self._tr_loss))
         return super()._finalize_training(*args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; the mean loss of all steps is of those before resuming, too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
+    reached: dict[str, Any]
+    """The last `step` whose end was come to, whether `epoch_ended` after it, and what is logged of it."""
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, learning_rate: Any = None, **kwargs: Any
+    ) -> None:
         """The Trainer's, of a model that has not diverged; a signal breaks an evaluation off."""
-        control = self.control
+        control, step = self.control, self.state.global_step
+        # It is called after each step, and once more at the end of the epoch.
+        ended = self.reached["step"] == step
+        self.reached = {
+            "step": step,
+            "epoch_ended": ended,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+        }
         if control.should_log or control.should_evaluate:
             self._check_finite()
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
         except EvaluationStopped:
             assert self.stop is not None
-            self.stop.stop(self.args, self.control)
-            self.stop.is_saved = True
+            self.stop.stop(self.control)
             self._save_checkpoint(self.model, None)  # while `should_evaluate` is still set
-            self.control.should_evaluate = self.control.should_save = False
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.control.should_evaluate = False
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, of one batch.
@@ -338,6 +362,7 @@ class ViTTrainer(Trainer):
             self.store_flos()
             state.best_model_checkpoint = self._best_checkpoint()
             # Logged is the mean since the last log: what there is of it goes on in a resumed run.
+            norm = self.reached["grad_norm"]
             state.stateful_callbacks |= {
                 type(kept).__name__: kept.state()
                 for kept in [*self.callback_handler.callbacks, self.control]
@@ -346,7 +371,9 @@ class ViTTrainer(Trainer):
                 "loss": {
                     "sum": self._mean_over_processes(self._tr_loss),
                     "since": self._globalstep_last_logged,
-                }
+                    "total": self._total_loss_scalar,
+                },
+                "reached": self.reached | {"grad_norm": None if norm is None else float(norm)},
             }
             if saves:
                 shutil.rmtree(written, ignore_errors=True)
@@ -384,22 +411,40 @@ class ViTTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         progress = super()._init_training_state(*args, **kwargs)
         self.state.best_model_checkpoint = self._best_checkpoint()
+        self.state.compute_steps(self.args, self.state.max_steps)  # as the recipe now says
         self.left_over = dict(self.state.stateful_callbacks)
+        self.reached = {"step": self.state.global_step, "epoch_ended": True}
         return progress
 
     left_over: dict[str, Any]
     """What the checkpoint that the run was resumed from had not come to."""
 
     def _catch_up(self) -> None:
-        """Goes on with the loss that was to be logged; evaluates where that was broken off."""
+        """Goes on with the loss that was to be logged; evaluates and ends the epoch where that is due."""
         left, self.left_over = self.left_over, {}
-        if "loss" in left:
-            self._tr_loss += left["loss"]["sum"]
-            self._globalstep_last_logged = left["loss"]["since"]
-        if left and left["TrainerControl"]["args"]["should_evaluate"]:
+        if "loss" not in left:
+            return
+        self._tr_loss += left["loss"]["sum"]
+        self._globalstep_last_logged = left["loss"]["since"]
+        self._total_loss_scalar = left["loss"]["total"]
+        reached, state = left["reached"], self.state
+        self.reached = reached | {"step": state.global_step if reached["epoch_ended"] else None}
+        if left["TrainerControl"]["args"]["should_evaluate"]:
             self.control.should_evaluate = True
             self.control.should_save = self.args.save_strategy in ("steps", "epoch")
-            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, None, None, time.time())
+            self._end(reached)
+        ends = not (state.epoch or 0.0) % 1 or state.global_step >= state.max_steps
+        if ends and not reached["epoch_ended"] and not self.control.should_training_stop:
+            self.reached["step"] = state.global_step
+            self.control = self.callback_handler.on_epoch_end(self.args, state, self.control)
+            self._end(reached)
+
+    def _end(self, reached: dict[str, Any]) -> None:
+        """Does what is asked for at the end of the step, or the epoch, that was resumed from."""
+        norm, rate = reached["grad_norm"], reached["learning_rate"]
+        self._maybe_log_save_evaluate(
+            self._tr_loss, norm, self.model, None, None, None, time.time(), learning_rate=rate
+        )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None

@@ -1,0 +1,117 @@
+"""What a run was stopped or killed in the middle of, besides steps: resumed, all of it is made up for."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import draw_folder
+from fork_server import ForkServer
+from harmed_runs import SIGNALLED, Place, at, checkpoints, ended, send
+
+from vit_finetune.run import Run
+
+pytestmark = pytest.mark.slow
+
+UNEVALUATED = ["training.eval_strategy=no", "training.load_best_model_at_end=false"]
+KILLED_WHILE_LOGGING = f"""
+import os
+from vit_finetune.training.trainer import ViTTrainer
+plain = ViTTrainer.log
+def killed(self, *args, **kwargs):
+    if self.state.global_step == 10:
+        {send(signal.SIGKILL)}
+    plain(self, *args, **kwargs)
+ViTTrainer.log = killed
+"""
+
+
+@pytest.fixture(scope="module")
+def place(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("resuming")
+    return Place(forks, folder, draw_folder(folder / "photos"))
+
+
+def history(run: Run) -> list[dict[str, Any]]:
+    """All that was logged, the mean loss of all steps included, but for what depends on the clock."""
+    return [
+        {name: value for name, value in line.items() if not name.endswith(("runtime", "per_second"))}
+        for line in json.loads(run.history.read_text())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault", "code", "newest"),
+    [
+        pytest.param(
+            ["training.logging_steps=3"], at(send(signal.SIGTERM), step=19), 75, 20, id="in the last step"
+        ),
+        pytest.param(
+            [],
+            at(send(signal.SIGTERM), step=20, method="_save_checkpoint"),
+            75,
+            20,
+            id="while the last checkpoint is written",
+        ),
+        pytest.param(
+            ["training.save_total_limit=1"],
+            SIGNALLED.format(function="_score"),
+            75,
+            20,
+            id="where the best and the last are all that is kept",
+        ),
+        pytest.param(
+            ["training.eval_on_start=true"],
+            at(send(signal.SIGTERM), step=0, method="prediction_step"),
+            75,
+            0,
+            id="in an evaluation before the first step",
+        ),
+        pytest.param(
+            ["training.max_steps=7", "training.eval_strategy=epoch", "training.save_strategy=epoch"],
+            at(send(signal.SIGTERM), step=6),
+            75,
+            7,
+            id="in the last step, of an epoch that is not whole",
+        ),
+        pytest.param(
+            ["training.save_steps=5", "training.eval_strategy=epoch", UNEVALUATED[1]],
+            at(send(signal.SIGKILL), step=10, method="evaluate"),
+            -9,
+            10,
+            id="between an epoch's last step and its evaluation",
+        ),
+        pytest.param(
+            ["training.save_steps=5", "training.logging_strategy=epoch", *UNEVALUATED],
+            KILLED_WHILE_LOGGING,
+            -9,
+            10,
+            id="between an epoch's last step and its log",
+        ),
+    ],
+)
+def test_what_was_still_to_be_done(
+    words: list[str], fault: str, code: int, newest: int, place: Place, tmp_path: Path
+) -> None:
+    whole, run = Run(tmp_path / "whole"), Run(tmp_path / "run")
+    ended(place.train(whole, *words), [0], errors=0)
+    ended(place.train(run, *words, before=fault), [code], errors=0)
+    assert max(checkpoints(run), default=0) == newest
+    ended(place.train(run, *words), [0], errors=0)
+    assert history(run) == history(whole)
+    weights = "model.safetensors"
+    assert (run.model / weights).read_bytes() == (whole.model / weights).read_bytes()
+    assert set(checkpoints(run)) == set(checkpoints(whole))
+
+
+def test_weights_that_are_no_numbers_where_nobody_looked(place: Place, tmp_path: Path) -> None:
+    """Nothing is logged, evaluated or saved: no model comes of it all the same."""
+    run = Run(tmp_path / "run")
+    poison = "next(self.model.parameters()).data.fill_(float('nan'))"
+    words = ["training.save_strategy=no", "training.logging_strategy=no", *UNEVALUATED]
+    told = ended(place.train(run, *words, before=at(poison, step=18)), [1])
+    assert "training diverged" in told
+    assert not run.model.exists()
