@@ -115,3 +115,65 @@ def test_weights_that_are_no_numbers_where_nobody_looked(place: Place, tmp_path:
     told = ended(place.train(run, *words, before=at(poison, step=18)), [1])
     assert "training diverged" in told
     assert not run.model.exists()
+
+
+def test_killed_while_a_checkpoint_takes_the_place_of_another(place: Place, tmp_path: Path) -> None:
+    """Of the same step, when an evaluation that was broken off is made up for: one of the two is always there."""
+    run, words = Run(tmp_path / "run"), ["training.save_total_limit=1"]
+    ended(
+        place.train(run, *words, before=at(send(signal.SIGTERM), step=6, method="prediction_step")),
+        [75],
+        errors=0,
+    )
+    before = f"""
+import os
+from vit_finetune.training.checkpoints import Path
+plain = Path.rename
+def killed(self, target):
+    if self.suffix == ".partial":
+        {send(signal.SIGKILL)}
+    return plain(self, target)
+Path.rename = killed
+"""
+    ended(place.train(run, *words, before=before), [-9], errors=0)
+    told = ended(place.train(run, *words), [0], errors=0)
+    assert "resuming from" in told
+    assert "checkpoint-6" in told
+
+
+def test_killed_before_the_folder_had_its_recipe(place: Place, tmp_path: Path) -> None:
+    """There is nothing to resume yet: the same words begin anew."""
+    run = Run(tmp_path / "run")
+    kill = f"import os\nfrom vit_finetune import finetuning\nfinetuning.write_text = lambda *_: {send(signal.SIGKILL)}"
+    ended(place.train(run, before=kill), [-9], errors=0)
+    assert not run.exists()
+    ended(place.train(run), [0], errors=0)
+
+
+def test_two_runs_that_begin_in_one_folder_at_once(place: Place, tmp_path: Path) -> None:
+    """The one that is slower with its data finds the run of the other, and lets it be."""
+    run = Run(tmp_path / "run")
+    # Both find the folder free; the second goes on when the first has written all that it begins with.
+    mark = tmp_path / "second-began"
+    wait = (
+        "import pathlib, time\nfrom vit_finetune import finetuning\n"
+        + """
+def after(path, function, also=None):
+    def waits(*args, **kwargs):
+        if also:
+            pathlib.Path(also).touch()
+        while not pathlib.Path(path).exists():
+            time.sleep(0.01)
+        return function(*args, **kwargs)
+    return waits
+"""
+    )
+    first = place.train(
+        run, before=f"{wait}finetuning.prepare_data = after({str(mark)!r}, finetuning.prepare_data)"
+    )
+    second = place.train(
+        run,
+        before=f"{wait}finetuning.load_model = after({str(run.provenance)!r}, finetuning.load_model, {str(mark)!r})",
+    )
+    assert "another process has just begun a run there" in ended(second, [1])
+    ended(first, [0], errors=0)

@@ -93,7 +93,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         )
         provenance = describe_start(recipe, data, model, hardware, world.size, command, before)
         if world.is_main:
-            _open(run, recipe, data, train, provenance)
+            _open(run, recipe, data, train, provenance, new=not resume)
         check_machines_agree(world, run, provenance)
         trainer = ViTTrainer(
             model,
@@ -193,17 +193,11 @@ def _resuming(command: str | None, world: World) -> str:
 
 
 def _open(
-    run: Run, recipe: Recipe, data: PreparedData, train: TrainingImages, provenance: dict[str, Any]
+    run: Run, recipe: Recipe, data: PreparedData, train: TrainingImages, provenance: dict[str, Any], new: bool
 ) -> None:
     """Writes what is known before the first step; leaves no half-made run where it cannot."""
-    new = not run.exists()
     if new:
-        try:
-            run.checkpoints.mkdir(parents=True)  # whoever makes it has the folder
-        except FileExistsError:
-            raise RunError(
-                f"{run.path}: another process has just begun a run there; set training.output_dir=…"
-            ) from None
+        run.claim()
     run.remove_leftovers()
     try:
         write_text(run.recipe, recipe.to_yaml())  # first: a folder with a recipe can be resumed
@@ -211,7 +205,7 @@ def _open(
         write_text(run.findings, data.findings.shortened().to_json())
         _save_augmented(run, train)
         write_json(run.provenance, provenance)  # last: without it, a resumed run begins anew
-    except BaseException:
+    except Exception:  # stopped by a signal, it can be resumed
         if new:
             shutil.rmtree(run.path, ignore_errors=True)
         raise

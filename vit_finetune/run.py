@@ -10,8 +10,9 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,7 +258,7 @@ class Run:
         if not resume and self.path.exists():
             if not self.path.is_dir():
                 raise RunError(f"{self.path} is a file; expected a new or empty folder for the run")
-            if any(self.path.iterdir()):
+            if not all(map(self._is_left_behind, self.path.iterdir())):
                 raise RunError(
                     f"{self.path} is not empty and holds no run; write to another folder with "
                     f"training.output_dir=…"
@@ -269,6 +270,29 @@ class Run:
                 f"{there}: read-only, or not yours to write to. Make it writable, or write to another folder "
                 f"with training.output_dir=…"
             )
+
+    def _is_left_behind(self, path: Path) -> bool:
+        """Whether a path is of a run that was killed before it had its recipe."""
+        empty = path == self.checkpoints and path.is_dir() and not any(path.iterdir())
+        return empty or path.name.startswith(f".{self.recipe.name}.")
+
+    def claim(self) -> None:
+        """Makes the folder; whichever process does, it is its own.
+
+        Raises:
+            RunError: another process was faster.
+        """
+        for again in (True, False):
+            try:
+                self.checkpoints.mkdir(parents=True)
+                return
+            except FileExistsError:
+                if again:
+                    time.sleep(1)  # another process that has just made it writes its recipe at once
+                    if not self.exists():  # or it was killed before
+                        with suppress(OSError):
+                            self.checkpoints.rmdir()
+        raise RunError(f"{self.path}: another process has just begun a run there; set training.output_dir=…")
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process was writing: `written_whole`'s and `folder_written_whole`'s."""

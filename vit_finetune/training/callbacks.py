@@ -141,7 +141,7 @@ class StopOnSignal(TrainerCallback):
         """Whether any process got a signal; to be called by all of them."""
         return self.world.any(bool(self.number))
 
-    def on_step_begin(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """From now on there is something to keep."""

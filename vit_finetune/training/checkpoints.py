@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,34 @@ def finish_checkpoint(checkpoint: Path) -> None:
     (written / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for path in (written / CHECKSUMS, *(path for path in written.rglob("*") if path.is_dir()), written):
         sync(path)
-    if checkpoint.exists():  # a resumed run comes to the same step again
-        remove_checkpoint(checkpoint)
+    before = _leaving(checkpoint)
+    with suppress(FileNotFoundError):  # a resumed run comes to the same step again
+        checkpoint.rename(before)
     written.rename(checkpoint)
     sync(checkpoint.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Takes a checkpoint away: it is gone at once, not file by file."""
-    leaving = checkpoint.with_name(f".{checkpoint.name.lstrip('.')}.leaving")
-    shutil.rmtree(leaving, ignore_errors=True)
+    leaving = _leaving(checkpoint)
     checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
 
+def _leaving(checkpoint: Path) -> Path:
+    """A free name for what is on its way out."""
+    leaving = checkpoint.with_name(f".{checkpoint.name.lstrip('.')}.leaving")
+    shutil.rmtree(leaving, ignore_errors=True)
+    return leaving
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run had not finished writing, or removing."""
+    """Removes what a killed run had not finished writing, or removing; what only lacked its name gets it."""
+    for written in folder.glob(".checkpoint-*.partial"):
+        checkpoint = written.with_name(written.name.removeprefix(".").removesuffix(".partial"))
+        if not checkpoint.exists() and find_damage(written) is None:
+            written.rename(checkpoint)
     for path in folder.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from vit_finetune.data.transforms import (
     outlive_signals,
 )
 from vit_finetune.model.loading import restore_weights
-from vit_finetune.run import RunError, is_disk_full
+from vit_finetune.run import Interrupted, RunError, is_disk_full
 from vit_finetune.training.arguments import ViTTrainingArguments
 from vit_finetune.training.callbacks import StopOnSignal
 from vit_finetune.training.checkpoints import (
@@ -48,8 +49,8 @@ from vit_finetune.training.loss import count_images, cross_entropy
 from vit_finetune.training.optim import build_parameter_groups
 
 
-class EvaluationStopped(Exception):
-    """A signal broke an evaluation off."""
+class EvaluationStopped(Interrupted):
+    """A signal broke an evaluation off; before the first step, it ends the run."""
 
 
 class ViTTrainer(Trainer):
@@ -275,7 +276,10 @@ class ViTTrainer(Trainer):
             EvaluationStopped: a process got a signal; all of them raise it at the same batch.
         """
         if self.stop and self.stop.is_training and self.stop.is_asked():
-            raise EvaluationStopped
+            raise EvaluationStopped(
+                "stopped before the first step. Say the same again, with --resume",
+                self.stop.number or signal.SIGTERM,
+            )
         return super().prediction_step(*args, **kwargs)
 
     def _check_finite(self, weights: bool = False) -> None:
