@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,52 @@ def after(path, function, also=None):
     )
     assert "another process has just begun a run there" in ended(second, [1])
     ended(first, [0], errors=0)
+
+
+LATE = """
+import atexit, os, time
+atexit.register(lambda: (os.kill(os.getpid(), 15), time.sleep(0.1)))
+"""
+
+
+def test_a_signal_after_all_is_done_changes_nothing(place: Place, tmp_path: Path) -> None:
+    """A process of its own: what matters is how the interpreter ends."""
+    code = f"{LATE}\nimport sys\nsys.argv = ['vit-finetune', 'train', '--help']\nfrom vit_finetune.cli import _listen, main\n_listen()\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_second_signal_while_the_first_is_answered(place: Place, tmp_path: Path) -> None:
+    before = f"""
+import os
+from vit_finetune import cli, finetuning
+plain = cli.say
+def say(message):
+    {send(signal.SIGTERM)}
+    plain(message)
+cli.say = say
+def prepare_data(*_):
+    {send(signal.SIGTERM)}
+finetuning.prepare_data = prepare_data
+"""
+    ended(place.train(Run(tmp_path / "run"), before=before), [75], errors=0)
+
+
+def test_a_signal_that_a_destructor_swallows(place: Place, tmp_path: Path) -> None:
+    """Python ignores what is raised there: training ends all the same, after its first step."""
+    run = Run(tmp_path / "run")
+    before = f"""
+import os, sys
+from vit_finetune import finetuning
+plain = finetuning.load_model
+class Last:
+    def __del__(self):
+        {send(signal.SIGTERM)}
+def load_model(*args):
+    Last()
+    return plain(*args)
+finetuning.load_model = load_model
+sys.unraisablehook = lambda _: None
+"""
+    ended(place.train(run, before=before), [75], errors=0)
+    assert set(checkpoints(run)) == {1}

@@ -190,7 +190,9 @@ def _guarded(work: Callable[[], None], debug: bool) -> None:
     try:
         work()
     except Interrupted as stop:
+        _answer_signals(signal.SIG_IGN)  # one answer is enough
         say(str(stop))
+        _answer_signals(signal.SIG_DFL)
         raise typer.Exit(stop.exit_code) from None
     except KeyboardInterrupt:
         fail("stopped")
@@ -266,5 +268,9 @@ def main() -> None:
     """The command `vit-finetune`."""
     try:
         app(prog_name="vit-finetune")
+    except SystemExit as end:
+        if end.code != 1:  # nothing is left to break off: a late signal does not change the answer
+            _answer_signals(signal.SIG_IGN)
+        raise
     except KeyboardInterrupt:  # before the work began
         sys.exit(130)

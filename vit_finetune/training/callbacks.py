@@ -125,15 +125,19 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = number == signal.SIGINT and self.number and time.monotonic() - self.asked_at > AGAIN_SECONDS
+        known, self.number = (
+            self.number,
+            self.number or number,
+        )  # also where a destructor swallows what is raised
+        again = number == signal.SIGINT and known and time.monotonic() - self.asked_at > AGAIN_SECONDS
         if not self.is_training or again:
             raise Interrupted(
                 f"stopped by {signal.Signals(number).name}. What was finished is kept: say the same again, "
                 f"with --resume where the run had begun",
                 number,
             )
-        if not self.number:
-            self.number, self.asked_at = number, time.monotonic()
+        if not known:
+            self.asked_at = time.monotonic()
             name = "Ctrl-C again stops at once" if number == signal.SIGINT else signal.Signals(number).name
             say(f"stopping after this step with a checkpoint ({name})")
 
