@@ -28,10 +28,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from vit_finetune.recipe import bundled_recipes, load_recipe
 from vit_finetune.run import Run
+from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.checkpoints import list_checkpoints
 from vit_finetune.training.hardware import Hardware
 from vit_finetune.training.loading import Loading, Speeds
-from vit_finetune.training.trainer import build_arguments
 
 CHECKOUT = Path(__file__).parents[1]
 CONFIGS = sorted((next(iter(bundled_recipes().values())).parent / "accelerate").iterdir())

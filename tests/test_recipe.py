@@ -266,7 +266,7 @@ def test_refused_training_keys_say_what_to_write() -> None:
 def test_the_training_section_is_the_installed_training_arguments() -> None:
     from transformers import TrainingArguments
 
-    from vit_finetune.training.trainer import ViTTrainingArguments
+    from vit_finetune.training.arguments import ViTTrainingArguments
 
     real = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     ours = {field.name for field in dataclasses.fields(ViTTrainingArguments)} - set(real)

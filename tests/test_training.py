@@ -15,8 +15,8 @@ from vit_finetune.recipe import ModelConfig, build_recipe
 from vit_finetune.run import RunError
 from vit_finetune.training import hardware
 from vit_finetune.training.hardware import choose_hardware, estimate_memory
+from vit_finetune.training.loss import cross_entropy
 from vit_finetune.training.optim import build_parameter_groups, layer_numbers
-from vit_finetune.training.trainer import cross_entropy
 
 
 def build(config: dict[str, object] | None = None, labels: int = 3) -> PreTrainedModel:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from vit_finetune.model.loading import load_model
     from vit_finetune.recipe import Recipe, load_recipe
     from vit_finetune.run import Report, Run
-    from vit_finetune.training.trainer import ViTTrainer, ViTTrainingArguments
+    from vit_finetune.training.arguments import ViTTrainingArguments
+    from vit_finetune.training.trainer import ViTTrainer
 
 __version__ = "0.1.0"
 
@@ -26,7 +27,7 @@ _HOMES = {
     "load_splits": "data.splits.carving",
     "load_model": "model.loading",
     "ViTTrainer": "training.trainer",
-    "ViTTrainingArguments": "training.trainer",
+    "ViTTrainingArguments": "training.arguments",
 }
 
 __all__ = [

@@ -37,15 +37,17 @@ from vit_finetune.run import (
     Run,
     RunError,
     folder_written_whole,
+    sync,
     write_json,
     write_text,
     written_whole,
 )
+from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
 from vit_finetune.training.checkpoints import newest_intact, remove_leftovers
 from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
-from vit_finetune.training.trainer import ViTTrainer, build_arguments
+from vit_finetune.training.trainer import ViTTrainer
 from vit_finetune.training.world import World, check_machines_agree, check_same_division
 
 
@@ -250,6 +252,8 @@ def _save_model(
     with folder_written_whole(run.model) as aside:
         model.save_pretrained(aside, state_dict=weights)
         image_processor.save_pretrained(aside)
+        for file in aside.iterdir():
+            sync(file)
         shutil.rmtree(run.model, ignore_errors=True)
 
 

@@ -22,9 +22,10 @@ from vit_finetune.evaluation.scoring import score
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_checkpoint, load_model, restore_weights
 from vit_finetune.recipe import EvaluationConfig, ModelConfig, Recipe
+from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.hardware import choose_hardware
 from vit_finetune.training.loading import choose_loading
-from vit_finetune.training.trainer import ViTTrainer, build_arguments
+from vit_finetune.training.trainer import ViTTrainer
 
 DROPOUT = {"config": {**TINY_VIT, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.1}}
 EPSILON = 1e-4

@@ -27,10 +27,11 @@ from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run, RunError
+from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.hardware import choose_hardware
 from vit_finetune.training.images import build_batches, first_images, keep_workers
 from vit_finetune.training.loading import choose_loading
-from vit_finetune.training.trainer import ViTTrainer, build_arguments
+from vit_finetune.training.trainer import ViTTrainer
 from vit_finetune.training.world import World
 
 STREAMED = {"streaming": True, "shuffle_buffer": 6}

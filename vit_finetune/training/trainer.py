@@ -9,22 +9,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
 from vit_finetune.data.transforms import (
-    NO_LABEL,
     EpochLoader,
     EpochSampler,
     EvaluationImages,
@@ -35,8 +32,8 @@ from vit_finetune.data.transforms import (
     outlive_signals,
 )
 from vit_finetune.model.loading import restore_weights
-from vit_finetune.recipe import TrainingConfig
 from vit_finetune.run import RunError, is_disk_full
+from vit_finetune.training.arguments import ViTTrainingArguments
 from vit_finetune.training.callbacks import StopOnSignal
 from vit_finetune.training.checkpoints import (
     STATE,
@@ -46,77 +43,9 @@ from vit_finetune.training.checkpoints import (
     remove_checkpoint,
     rotate_checkpoints,
 )
-from vit_finetune.training.hardware import Hardware, share_casts
-from vit_finetune.training.loading import Loading
+from vit_finetune.training.hardware import share_casts
+from vit_finetune.training.loss import count_images, cross_entropy
 from vit_finetune.training.optim import build_parameter_groups
-
-
-@dataclass
-class ViTTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and what the Trainer lacks for Vision Transformers."""
-
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Learning rate of each layer by that of the layer above it; 1 is off."}
-    )
-
-    @property
-    def n_gpu(self) -> int:
-        """One GPU for each process; the Trainer would spread a lone process over all, with DataParallel."""
-        return min(1, int(super().n_gpu))
-
-
-def build_arguments(
-    training: TrainingConfig, hardware: Hardware, loading: Loading, output_dir: Path, eval_batch_size: int
-) -> ViTTrainingArguments:
-    """The Trainer's arguments of a recipe, on this machine.
-
-    Args:
-        training: the recipe's section.
-        hardware: what was chosen for what the section leaves `auto`.
-        loading: likewise, for the loader.
-        output_dir: where checkpoints go.
-        eval_batch_size: images per device and step of evaluation.
-
-    Raises:
-        RunError: values that do not go together.
-    """
-    names = set(TrainingConfig.model_fields) | training.model_fields_set
-    values = {name: getattr(training, name) for name in names} | {
-        "output_dir": str(output_dir),
-        "use_cpu": hardware.use_cpu,
-        "bf16": hardware.bf16,
-        "fp16": hardware.fp16,
-        "dataloader_num_workers": loading.num_workers,
-        "dataloader_prefetch_factor": loading.prefetch_factor,
-        "dataloader_pin_memory": loading.pin_memory,
-        "dataloader_persistent_workers": training.dataloader_persistent_workers and loading.num_workers > 0,
-        "per_device_train_batch_size": hardware.batch_size,
-        "gradient_accumulation_steps": hardware.accumulation,
-        "per_device_eval_batch_size": eval_batch_size,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "disable_tqdm": True,  # our own bar shows loss and images/s
-    }
-    if "log_level_replica" not in training.model_fields_set:
-        values["log_level_replica"] = "error"  # the other processes are as quiet as the main one
-    if not loading.num_workers:  # torch refuses it where no process is started
-        values["dataloader_multiprocessing_context"] = None
-    # The Trainer's new name for it; the old one warns.
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        if name in values:
-            values[name.replace("gradient", "activation")] = values.pop(name)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher's would be taken where ours is fp32
-        os.environ["ACCELERATE_MIXED_PRECISION"] = (
-            "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
-        )
-    try:
-        arguments = ViTTrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RunError(f"training: {error}") from error
-    for name in arguments.report_to:
-        if name not in get_available_reporting_integrations():
-            raise RunError(f"training.report_to: {name} is not installed here; install it, or write `none`")
-    return arguments
 
 
 class EvaluationStopped(Exception):
@@ -490,35 +419,3 @@ class ViTTrainer(Trainer):
         """Every weight by name, on the main process; all call it, since each may hold a part (FSDP)."""
         weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model)
         return weights
-
-
-def count_images(labels: torch.Tensor) -> int:
-    """How many of a batch are images, and do not only fill a place (`NO_LABEL`).
-
-    Args:
-        labels: class ids, int64 `(batch,)`, or target probabilities, float `(batch, classes)`.
-    """
-    return len(labels) if labels.is_floating_point() else int((labels != NO_LABEL).sum())
-
-
-def cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    label_smoothing: float = 0.0,
-    count: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """Cross-entropy in nats: the mean over the batch, or the sum divided by `count`.
-
-    Args:
-        logits: `(batch, classes)`.
-        labels: class ids, int64 `(batch,)`, of which `NO_LABEL` adds nothing, or target probabilities, float
-            `(batch, classes)`.
-        label_smoothing: share of every target spread over all classes, in [0, 1).
-        count: number of images to divide by, of which these are a part.
-    """
-    if count is None:
-        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    total = torch.nn.functional.cross_entropy(
-        logits, labels, label_smoothing=label_smoothing, reduction="sum"
-    )
-    return total / count
