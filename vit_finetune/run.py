@@ -267,8 +267,8 @@ class Run:
         there = next(folder for folder in places if folder.exists())
         if not os.access(there, os.W_OK):
             raise RunError(
-                f"{there}: read-only, or not yours to write to. Make it writable, or write to another folder "
-                f"with training.output_dir=…"
+                f"{there}: read-only, or not yours to write to. Make it writable, or write to another "
+                f"folder with training.output_dir=…"
             )
 
     def _is_left_behind(self, path: Path) -> bool:
