@@ -49,7 +49,11 @@ def history(run: Run) -> list[dict[str, Any]]:
     ("words", "fault", "code", "newest"),
     [
         pytest.param(
-            ["training.logging_steps=3"], at(send(signal.SIGTERM), step=19), 75, 20, id="in the last step"
+            ["training.logging_steps=3", "training.eval_on_start=true"],
+            at(send(signal.SIGTERM), step=19),
+            75,
+            20,
+            id="in the last step",
         ),
         pytest.param(
             [],

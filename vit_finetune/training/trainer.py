@@ -416,6 +416,7 @@ class ViTTrainer(Trainer):
         progress = super()._init_training_state(*args, **kwargs)
         self.state.best_model_checkpoint = self._best_checkpoint()
         self.state.compute_steps(self.args, self.state.max_steps)  # as the recipe now says
+        self.args.eval_on_start &= not self.state.global_step  # resumed is not started
         self.left_over = dict(self.state.stateful_callbacks)
         self.reached = {"step": self.state.global_step, "epoch_ended": True}
         return progress
