@@ -40,11 +40,13 @@ def test_only_the_main_process_speaks(
     console.say("hello")
     console.fail("hello")
     console.show_table("hello", ["a"], [["b"]])
+    console.answer("hello")
     console.terminal.cache_clear()
     monkeypatch.setenv("RANK", "0")
     console.say("from the first")
+    console.answer("{}")
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "from the first\n")
+    assert (out, err) == ("{}\n", "from the first\n")
     console.terminal.cache_clear()
 
 

@@ -63,6 +63,12 @@ def fail(message: str, every_process: bool = False) -> None:
         console.print(f"process {rank}: error: {printable(message)}", style="bold red", markup=False)
 
 
+def answer(text: str) -> None:
+    """What was asked for, on stdout: once, however many processes found it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)  # noqa: T201 - the answer itself, which belongs on stdout
+
+
 def show_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: int = 1
 ) -> None:

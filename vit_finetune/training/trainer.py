@@ -45,7 +45,7 @@ from vit_finetune.training.checkpoints import (
 )
 from vit_finetune.training.hardware import share_casts
 from vit_finetune.training.loss import count_images, cross_entropy
-from vit_finetune.training.optim import build_parameter_groups
+from vit_finetune.training.optim import build_parameter_groups, leaves_weights_unused
 
 
 class EvaluationStopped(Exception):
@@ -81,6 +81,8 @@ class ViTTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = leaves_weights_unused(model)
         super().__init__(
             model=model,
             args=args,
@@ -136,8 +138,10 @@ class ViTTrainer(Trainer):
         return batches, count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, clocked."""
+        """The Trainer's, clocked; with the running statistics (batch norm) that are saved: of process 0."""
         with self._clocked("evaluation"):
+            for buffer in self.model.buffers() if self.args.world_size > 1 else ():
+                torch.distributed.broadcast(buffer, 0)
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
 
