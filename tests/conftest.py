@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before any library reads them: tests never touch the network, and two threads never fight over two cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +20,10 @@ from fork_server import ForkServer, fork_server
 from PIL import Image
 
 from vit_finetune.recipe import Recipe, build_recipe
+from vit_finetune.run import Run
+
+if TYPE_CHECKING:
+    from harmed_runs import Place
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 50), "yellow": (220, 210, 40)}
 """Classes that a model of any size learns in a few steps, by the mean colour of their images."""
@@ -37,6 +41,31 @@ def forks() -> Iterator[ForkServer]:
     """Starts command lines without the seconds that importing takes; one for all tests that kill processes."""
     with fork_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def place(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Where runs that something happens to are started."""
+    from harmed_runs import Place
+
+    folder = tmp_path_factory.mktemp("harmed")
+    return Place(forks, folder, draw_folder(folder / "photos"))
+
+
+@pytest.fixture(scope="session")
+def whole(place: Place) -> Run:
+    """The run that nothing happens to."""
+    run = Run(place.folder / "whole")
+    assert place.train(run)[0].wait() == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_of_two(place: Place) -> Run:
+    """The same of two processes."""
+    run = Run(place.folder / "whole-of-two")
+    assert [child.wait() for child in place.train(run, processes=2)] == [0, 0]
+    return run
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import signal
@@ -15,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import torch
 from conftest import draw_folder, tiny_recipe
 from fork_server import QUICK, Child, ForkServer, wait_for
+from harmed_runs import check_same_end, check_whole, checkpoints, temporary
 
 from vit_finetune.run import Run
 
@@ -39,80 +36,6 @@ MODEL = {
     "hidden_dropout_prob": 0.2,
     "attention_probs_dropout_prob": 0.1,
 }
-
-
-# --------------------------------------------------------------------------- what must hold of every checkpoint
-
-
-def checkpoints(run: Run) -> dict[int, Path]:
-    """The checkpoints that can be seen, by step."""
-    found = run.checkpoints.glob("checkpoint-*")
-    return {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdigit()}
-
-
-def check_whole(checkpoint: Path) -> None:
-    """Makes sure, without the package, that a checkpoint holds exactly what was written."""
-    sums = json.loads((checkpoint / "checksums.json").read_text())
-    files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
-    assert files == {*sums, "checksums.json"}
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= set(sums)
-    for name, told in sums.items():
-        content = (checkpoint / name).read_bytes()
-        assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, (
-            checkpoint,
-            name,
-        )
-
-
-def check_same_end(run: Run, whole: Run) -> None:
-    """Makes sure that two runs ended with the same weights, optimizer, scores and losses."""
-    model = "model.safetensors"
-    assert (run.model / model).read_bytes() == (whole.model / model).read_bytes()
-    assert run.report("test").read_text() == whole.report("test").read_text()
-    mine, theirs = checkpoints(run), checkpoints(whole)
-    assert max(mine) == max(theirs)
-    last, other = mine[max(mine)], theirs[max(theirs)]
-    assert (last / model).read_bytes() == (other / model).read_bytes()
-    for name in ("optimizer.pt", "scheduler.pt"):
-        _same(torch.load(last / name), torch.load(other / name))
-    state, expected = (json.loads((path / "trainer_state.json").read_text()) for path in (last, other))
-    assert state["best_global_step"] == expected["best_global_step"]
-    timeless = ("runtime", "per_second")
-    logs = [
-        [
-            {key: value for key, value in line.items() if not key.endswith(timeless)}
-            for line in told["log_history"]
-        ]
-        for told in (state, expected)
-    ]
-    assert logs[0] == logs[1]
-
-
-def _same(left: Any, right: Any) -> None:
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            _same(left[key], right[key])
-    elif isinstance(left, list):
-        assert len(left) == len(right)
-        for pair in zip(left, right, strict=True):
-            _same(*pair)
-    else:
-        assert left == right
-
-
-def temporary(run: Run) -> list[Path]:
-    """What a run that ended well must not leave behind."""
-    return [
-        p
-        for p in run.path.rglob("*")
-        if p.name.startswith((".", "tmp")) or p.suffix in (".partial", ".damaged")
-    ]
-
-
-# --------------------------------------------------------------------------- the killing
 
 
 @dataclass

@@ -86,7 +86,13 @@ class Host:
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "TMPDIR": str(folder),  # killed launchers leave folders behind
+                    **environment,
+                },
             )
 
 

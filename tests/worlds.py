@@ -67,7 +67,7 @@ class Division(NamedTuple):
     accumulation: int
 
     def __str__(self) -> str:
-        return "×".join(map(str, self))
+        return "x".join(map(str, self))
 
 
 class Signal(NamedTuple):

@@ -37,6 +37,7 @@ from vit_finetune.run import (
     Run,
     RunError,
     folder_written_whole,
+    sync,
     write_json,
     write_text,
     written_whole,
@@ -251,6 +252,8 @@ def _save_model(
     with folder_written_whole(run.model) as aside:
         model.save_pretrained(aside, state_dict=weights)
         image_processor.save_pretrained(aside)
+        for file in aside.iterdir():
+            sync(file)
         shutil.rmtree(run.model, ignore_errors=True)
 
 

@@ -244,7 +244,8 @@ class Run:
         """Makes sure that a run may be written here, or resumed; makes nothing.
 
         Raises:
-            RunError: it holds a run and `resume` is off, holds something else, or has nothing to resume.
+            RunError: it holds a run and `resume` is off, holds something else, has nothing to resume, or
+                nothing can be written there.
         """
         if resume and not self.exists():
             raise RunError(f"{self.path}: there is no run to resume; leave out --resume to start one")
@@ -261,6 +262,13 @@ class Run:
                     f"{self.path} is not empty and holds no run; write to another folder with "
                     f"training.output_dir=…"
                 )
+        places = (self.path, *self.path.absolute().parents)
+        there = next(folder for folder in places if folder.exists())
+        if not os.access(there, os.W_OK):
+            raise RunError(
+                f"{there}: read-only, or not yours to write to. Make it writable, or write to another "
+                f"folder with training.output_dir=…"
+            )
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process was writing: `written_whole`'s and `folder_written_whole`'s."""
@@ -296,6 +304,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp keeps files private; runs are shared like any other
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -319,6 +328,15 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk and outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

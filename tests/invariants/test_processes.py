@@ -156,7 +156,12 @@ def test_accelerate_launch_trains_the_same(place: Place, alone: Trained, tmp_pat
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *words],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(tmp_path),  # torch leaves a folder behind
+        },
         timeout=300,
         check=False,
     )

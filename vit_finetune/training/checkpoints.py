@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from vit_finetune.console import warn
+from vit_finetune.run import sync
 
 CHECKSUMS = "checksums.json"
 """In every checkpoint: bytes and SHA-256 of each of its files, by name."""
@@ -43,18 +43,15 @@ def finish_checkpoint(checkpoint: Path) -> None:
     for file in sorted(path for path in written.rglob("*") if path.is_file()):
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            os.fsync(opened.fileno())
+        sync(file)
         sums[file.relative_to(written).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
-    with (written / CHECKSUMS).open("w", encoding="utf-8") as opened:
-        json.dump(sums, opened, indent=1)
-        opened.flush()
-        os.fsync(opened.fileno())
-    for folder in [*(path for path in written.rglob("*") if path.is_dir()), written]:
-        _sync_folder(folder)
+    (written / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    for path in (written / CHECKSUMS, *(path for path in written.rglob("*") if path.is_dir()), written):
+        sync(path)
     if checkpoint.exists():  # a resumed run comes to the same step again
         remove_checkpoint(checkpoint)
     written.rename(checkpoint)
-    _sync_folder(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -141,11 +138,3 @@ def newest_intact(folder: Path, needs_best: bool) -> Path | None:
 
 def _find_damage_or_absence(checkpoint: Path) -> str | None:
     return find_damage(checkpoint) if checkpoint.is_dir() else "it is missing"
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
