@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from vit_finetune.run import RunError
 from vit_finetune.training import world
@@ -124,3 +125,14 @@ def test_the_way_to_another_machine_is_asked_of_the_system(monkeypatch: pytest.M
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     assert world._own_address("nowhere.invalid") is None
+
+
+def test_processes_that_do_not_meet_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(**_: object) -> None:
+        raise torch.distributed.DistNetworkError("The client socket has timed out")
+
+    monkeypatch.setattr(world, "PartialState", alone)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(RunError, match=r"did not meet at 10\.0\.0\.1:29500 within 600 s"):
+        world.World(600, use_cpu=True)

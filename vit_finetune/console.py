@@ -51,10 +51,10 @@ def fail(message: str, every_process: bool = False) -> None:
 
     Args:
         message: one line.
-        every_process: whether processes other than the main one may speak too; they say their number.
+        every_process: whether all processes may speak, and say their number; else the first of each machine.
     """
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not every_process:
+    if rank == "0" or not (every_process or os.environ.get("LOCAL_RANK") == "0"):
         terminal().print(f"error: {printable(message)}", style="bold red", markup=False)
     else:
         from rich.console import Console

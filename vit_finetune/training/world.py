@@ -47,7 +47,14 @@ class World:
         if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             _choose_interface(os.environ)
         # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
-        self.state = PartialState(cpu=use_cpu, timeout=timedelta(seconds=timeout))
+        try:
+            self.state = PartialState(cpu=use_cpu, timeout=timedelta(seconds=timeout))
+        except dist.DistError as error:
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise RunError(
+                f"the processes of this run did not meet at {place} within {timeout:g} s. Expected the address "
+                f"of the first machine, which all others reach, and the same number of processes on each"
+            ) from error
         self.timeout = timeout
         self.size, self.rank = self.state.num_processes, self.state.process_index
         check_world(self.size)
@@ -254,8 +261,8 @@ def check_machines_agree(world: World, run: Run, provenance: dict[str, Any]) -> 
 def _choose_interface(environment: MutableMapping[str, str]) -> None:
     """Lets gloo use the network that leads to the other machines.
 
-    It looks its address up by the host's name, which on many machines is 127.0.1.1. To the first machine so may
-    be the name to meet at, which is its own: it takes the network that leads out.
+    It looks its address up by the host's name, which on many machines is 127.0.1.1. To the first machine so
+    may be the name to meet at, which is its own: it takes the network that leads out.
     """
     address = environment.get("MASTER_ADDR")
     if "GLOO_SOCKET_IFNAME" in environment or not address or is_loopback(address):
