@@ -298,17 +298,11 @@ class ViTTrainer(Trainer):
     ) -> Any:
         """Cross-entropy of the batch, smoothed while training; with the outputs where they are asked for."""
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        training = model.training
-        loss = cross_entropy(
-            outputs.logits,
-            inputs["labels"],
-            self.args.label_smoothing_factor if training else 0.0,
-            num_items_in_batch if training else None,
-        )
-        if training and num_items_in_batch is not None:
-            loss = (
-                loss * self.args.world_size
-            )  # DDP averages the gradients of what was divided by the sum already
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        count = num_items_in_batch if model.training else None
+        loss = cross_entropy(outputs.logits, inputs["labels"], smoothing, count)
+        if count is not None:  # DDP averages the gradients of what was divided by the sum already
+            loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     # -- optimizer

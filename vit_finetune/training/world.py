@@ -52,8 +52,8 @@ class World:
         except dist.DistError as error:
             place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise RunError(
-                f"the processes of this run did not meet at {place} within {timeout:g} s. Expected the address "
-                f"of the first machine, which all others reach, and the same number of processes on each"
+                f"the processes of this run did not meet at {place} within {timeout:g} s. Expected the "
+                f"address of the first machine, which all others reach, and as many processes as launched"
             ) from error
         self.timeout = timeout
         self.size, self.rank = self.state.num_processes, self.state.process_index
