@@ -20,12 +20,9 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
+from vit_finetune.data.streaming.batches import StreamBatches
 from vit_finetune.data.transforms import (
-    EpochLoader,
-    EpochSampler,
     EvaluationImages,
-    StepBatches,
     TrainingImages,
     collate,
     normalize,
@@ -44,6 +41,7 @@ from vit_finetune.training.checkpoints import (
     rotate_checkpoints,
 )
 from vit_finetune.training.hardware import share_casts
+from vit_finetune.training.images import build_loader
 from vit_finetune.training.loss import count_images, cross_entropy
 from vit_finetune.training.optim import build_parameter_groups, leaves_weights_unused
 
@@ -162,26 +160,7 @@ class ViTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's batches of the training images."""
-        if isinstance(self.train_dataset, StreamBatches):
-            return StreamLoader(self.train_dataset)
-        args = self.args
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        return EpochLoader(
-            self.train_dataset,
-            batch_sampler=StepBatches(
-                EpochSampler(len(self.train_dataset), seed),
-                args.per_device_train_batch_size,
-                args.world_size,
-                args.process_index,
-            ),
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=outlive_signals,
-        )
+        return build_loader(self.train_dataset, self.args)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """The Trainer's."""
