@@ -40,12 +40,25 @@ def test_only_the_main_process_speaks(
     console.say("hello")
     console.fail("hello")
     console.show_table("hello", ["a"], [["b"]])
+    console.answer("hello")
     console.terminal.cache_clear()
     monkeypatch.setenv("RANK", "0")
     console.say("from the first")
+    console.answer("{}")
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "from the first\n")
+    assert (out, err) == ("{}\n", "from the first\n")
     console.terminal.cache_clear()
+
+
+def test_each_machine_is_told_why_its_own_processes_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a recipe that only the first machine has: nobody else would say so there."""
+    for rank, local in (("9", "1"), ("8", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        console.fail("no such recipe")
+    assert capsys.readouterr().err == "process 8: error: no such recipe\n"
 
 
 def test_tables_show_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,7 +233,7 @@ STUBS = {
         case $ENDS in itself) exit 3;; well) trap 'exit 0' TERM;; told) trap 'exit 1' TERM;; esac
         echo $$ > said/step && touch said/running
         while :; do sleep 0.05; done""",
-    "scancel": 'echo "$*" > said/scancel; kill -TERM "$(cat said/step)"',
+    "scancel": 'echo "$*" > said/scancel; kill -TERM "$(cat said/step)"; sleep 0.3',
     "scontrol": 'if [ "$1" = show ]; then printf "first\\nsecond\\n"; else echo "$*" > said/scontrol; fi',
 }
 """Slurm's commands: they note what they are told; a step ends by itself, or when it is told to, well or not."""
@@ -291,7 +291,7 @@ def test_a_slurm_job_whose_time_is_up_is_requeued_and_resumes(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "said")
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run" / "recipe.yaml").touch()
-    code, said = run_batch(tmp_path, "well", *words)
+    code, said = run_batch(tmp_path, "well", *words, "--resume")  # as whoever stops a run is told to say
     assert code == 0
     assert "scontrol" not in said  # it was finished in the time that was left
     told = said["srun"].splitlines()

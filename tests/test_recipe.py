@@ -263,6 +263,11 @@ def test_refused_training_keys_say_what_to_write() -> None:
         assert advice in said
 
 
+def test_no_recipe_leaves_images_out() -> None:
+    said = refusal(SMALLEST, "training.dataloader_drop_last=true")
+    assert "training.dataloader_drop_last: found True, expected False" in said
+
+
 def test_the_training_section_is_the_installed_training_arguments() -> None:
     from transformers import TrainingArguments
 

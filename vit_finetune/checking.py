@@ -37,13 +37,15 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with quiet_libraries(), form_world(recipe) as world:
         if recipe.data.streaming:
-            data: PreparedData = prepare_stream(recipe.data)
+            with world.one_per_machine_first():
+                data: PreparedData = prepare_stream(recipe.data)
             found: dict[str, Any] = {"findings": data.findings.model_dump(exclude_none=True)["findings"]}
             warn_of_findings(data.findings.findings)
         else:
-            source = load_source(recipe.data)
-            checkup = check_up(source, recipe.data)
-            found = _show_checkup(recipe, source, checkup, folder)
+            with world.one_per_machine_first():
+                source = load_source(recipe.data)
+                checkup = check_up(source, recipe.data)
+            found = world.from_main(_show_checkup(recipe, source, checkup, folder) if world.is_main else {})
             if "stops" in found:
                 return found
             data = prepare_splits(recipe.data, checkup)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from vit_finetune import __version__
-from vit_finetune.console import fail, say, show_table
+from vit_finetune.console import answer, fail, say, show_table
 from vit_finetune.recipe import Recipe, RecipeError, bundled_recipes, load_recipe
 from vit_finetune.run import Interrupted, RunError, is_disk_full
 
@@ -134,13 +134,13 @@ def predict(
     def work() -> None:
         from vit_finetune.evaluation.prediction import predict
 
-        answers = predict(target, images, top)
+        found = predict(target, images, top)
         if as_json:
-            _print_json(answers)
+            _print_json(found)
             return
-        for answer in answers:
-            classes = ", ".join(f"{p['label']} {p['probability']:.3f}" for p in answer["predictions"])
-            print(f"{answer['path']}: {classes}")  # noqa: T201 - the answer itself, which belongs on stdout
+        for image in found:
+            classes = ", ".join(f"{p['label']} {p['probability']:.3f}" for p in image["predictions"])
+            answer(f"{image['path']}: {classes}")
 
     _guarded(work, debug)
 
@@ -150,12 +150,12 @@ def recipes() -> None:
     """List the recipes that come with the package."""
     for name, path in bundled_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        print(f"{name:<20} {first}")  # noqa: T201 - the answer itself, which belongs on stdout
+        answer(f"{name:<20} {first}")
 
 
 def _version(value: bool) -> None:
     if value:
-        print(__version__)  # noqa: T201 - the answer itself, which belongs on stdout
+        answer(__version__)
         raise typer.Exit
 
 
@@ -177,7 +177,7 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201 - --json promises exactly this
+    answer(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _command() -> str:

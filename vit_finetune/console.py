@@ -51,16 +51,22 @@ def fail(message: str, every_process: bool = False) -> None:
 
     Args:
         message: one line.
-        every_process: whether processes other than the main one may speak too; they say their number.
+        every_process: whether all processes may speak, and say their number; else the first of each machine.
     """
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not every_process:
+    if rank == "0" or not (every_process or os.environ.get("LOCAL_RANK") == "0"):
         terminal().print(f"error: {printable(message)}", style="bold red", markup=False)
     else:
         from rich.console import Console
 
         console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         console.print(f"process {rank}: error: {printable(message)}", style="bold red", markup=False)
+
+
+def answer(text: str) -> None:
+    """What was asked for, on stdout: once, however many processes found it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)  # noqa: T201 - the answer itself, which belongs on stdout
 
 
 def show_table(

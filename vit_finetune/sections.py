@@ -217,11 +217,13 @@ class TrainingConfig(Section):
     dataloader_num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     dataloader_persistent_workers: bool = True
     """Loader processes live through all epochs."""
+    dataloader_drop_last: Literal[False] = False
+    """Every image counts, in training and in evaluation."""
     use_cpu: bool = False
     ddp_timeout: Positive = 600
     """Seconds that a process waits for another that does not answer."""
-    ddp_find_unused_parameters: bool | None = False
-    """Whether to look for weights without a gradient in every step: a ViT has none."""
+    ddp_find_unused_parameters: bool | None = None
+    """Whether to look in every step for weights without a gradient; `null`: where the model has any."""
     ddp_static_graph: bool | None = None
     logging_nan_inf_filter: bool = False
     """Whether to leave losses that are not finite out of the log; they end training in any case."""

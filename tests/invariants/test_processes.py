@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fork_server import ForkServer
+from conftest import tiny_recipe
+from fork_server import QUICK, ForkServer
 from worlds import (
     EPOCHS,
     HELD_OUT,
@@ -102,6 +105,45 @@ def test_dropout_depends_on_the_place_in_the_step_alone(place: Place, alone: Tra
     for other in others:
         assert other.steps() == first.steps() == alone.steps()
         check_same(other, first)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "model_type": "dinov2",
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "patch_size": 4,
+        },
+        {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_other_models_train_and_are_evaluated_as_they_are_saved(
+    forks: ForkServer, place: Place, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """Models with a weight that nothing depends on, and with statistics that each process has of its own images."""
+    sections = {"model": {"config": config, "image_size": 32}, "evaluation": {"batch_size": 4}}
+    recipe = tiny_recipe(place.photos, tmp_path / "run", **sections)
+    file = tmp_path / "other.yaml"
+    file.write_text(recipe.to_yaml(resolved=False), encoding="utf-8")
+    finish(forks.start_world(tmp_path / "world", 2, "train", file, before=QUICK))
+    run = Run(tmp_path / "run")
+    history = json.loads(run.history.read_text())
+    evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    published = json.loads(run.report("validation").read_text())["log_loss"]
+    assert min(abs(loss - published) for loss in evaluated) < 1e-6
+
+
+def test_looking_is_answered_once(forks: ForkServer, place: Place, tmp_path: Path) -> None:
+    recipe = place.write_recipe(Run(tmp_path / "run"), Division(2, 4, 1), False, 4)
+    words = ["check", recipe, "--json", "--output", tmp_path / "checked"]
+    children = forks.start_world(tmp_path / "world", 2, *words, before=QUICK)
+    finish(children)
+    first, second = ((child.folder / "stdout").read_text() for child in children)
+    assert json.loads(first)["images_per_step"] == PER_STEP and second == ""
 
 
 def test_accelerate_launch_trains_the_same(place: Place, alone: Trained, tmp_path: Path) -> None:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
 from vit_finetune.data.splits.prepared import PreparedData
-from vit_finetune.data.streaming.batches import StreamBatches
+from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
 from vit_finetune.data.streaming.prepared import PreparedStream
-from vit_finetune.data.transforms import TrainingImages
+from vit_finetune.data.transforms import (
+    EpochLoader,
+    EpochSampler,
+    StepBatches,
+    TrainingImages,
+    collate,
+    outlive_signals,
+)
 from vit_finetune.recipe import AugmentationConfig, TrainingConfig
 from vit_finetune.run import RunError
+from vit_finetune.training.arguments import ViTTrainingArguments
 from vit_finetune.training.hardware import Hardware
 from vit_finetune.training.loading import Loading
 from vit_finetune.training.world import World
@@ -84,6 +93,34 @@ def build_batches(
         processes=world.size,
         rank=world.rank,
         max_batches=max_steps * hardware.accumulation if max_steps > 0 else None,
+    )
+
+
+def build_loader(images: TrainingImages | StreamBatches, args: ViTTrainingArguments) -> DataLoader[Any]:
+    """This process's batches, epoch by epoch.
+
+    Args:
+        images: to train on; those of a stream are divided over the processes already.
+        args: the Trainer's.
+    """
+    if isinstance(images, StreamBatches):
+        return StreamLoader(images)
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    return EpochLoader(
+        images,
+        batch_sampler=StepBatches(
+            EpochSampler(len(images), seed),
+            args.per_device_train_batch_size,
+            args.world_size,
+            args.process_index,
+        ),
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        worker_init_fn=outlive_signals,
     )
 
 

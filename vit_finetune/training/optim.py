@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vit_finetune.model.processing import side_lengths
 from vit_finetune.run import RunError
 
 UNDECAYED = (
@@ -81,3 +83,19 @@ def build_parameter_groups(
         group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def leaves_weights_unused(model: PreTrainedModel) -> bool:
+    """Whether there are weights that the logits do not depend on; True where that cannot be told.
+
+    DINOv2 has such a mask token, SigLIP and CLIP have such layers; processes that exchange gradients would
+    wait for theirs. Looked at in a copy without memory, which computes nothing.
+    """
+    size = side_lengths(getattr(model.config, "image_size", None) or 224)
+    try:
+        with torch.device("meta"):
+            copy = type(model)(model.config).train()
+            copy(pixel_values=torch.zeros(2, 3, *size)).logits.sum().backward()
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return True
+    return any(parameter.grad is None for parameter in copy.parameters())

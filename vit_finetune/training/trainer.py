@@ -21,12 +21,9 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
+from vit_finetune.data.streaming.batches import StreamBatches
 from vit_finetune.data.transforms import (
-    EpochLoader,
-    EpochSampler,
     EvaluationImages,
-    StepBatches,
     TrainingImages,
     collate,
     normalize,
@@ -45,8 +42,9 @@ from vit_finetune.training.checkpoints import (
     rotate_checkpoints,
 )
 from vit_finetune.training.hardware import share_casts
+from vit_finetune.training.images import build_loader
 from vit_finetune.training.loss import count_images, cross_entropy
-from vit_finetune.training.optim import build_parameter_groups
+from vit_finetune.training.optim import build_parameter_groups, leaves_weights_unused
 
 
 class EvaluationStopped(Interrupted):
@@ -83,6 +81,8 @@ class ViTTrainer(Trainer):
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = leaves_weights_unused(model)
         super().__init__(
             model=model,
             args=args,
@@ -138,8 +138,10 @@ class ViTTrainer(Trainer):
         return batches, count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, clocked."""
+        """The Trainer's, clocked; with the running statistics (batch norm) that are saved: of process 0."""
         with self._clocked("evaluation"):
+            for buffer in self.model.buffers() if self.args.world_size > 1 else ():
+                torch.distributed.broadcast(buffer, 0)
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
 
@@ -160,26 +162,7 @@ class ViTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's batches of the training images."""
-        if isinstance(self.train_dataset, StreamBatches):
-            return StreamLoader(self.train_dataset)
-        args = self.args
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        return EpochLoader(
-            self.train_dataset,
-            batch_sampler=StepBatches(
-                EpochSampler(len(self.train_dataset), seed),
-                args.per_device_train_batch_size,
-                args.world_size,
-                args.process_index,
-            ),
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=outlive_signals,
-        )
+        return build_loader(self.train_dataset, self.args)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """The Trainer's."""
@@ -322,17 +305,11 @@ class ViTTrainer(Trainer):
     ) -> Any:
         """Cross-entropy of the batch, smoothed while training; with the outputs where they are asked for."""
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        training = model.training
-        loss = cross_entropy(
-            outputs.logits,
-            inputs["labels"],
-            self.args.label_smoothing_factor if training else 0.0,
-            num_items_in_batch if training else None,
-        )
-        if training and num_items_in_batch is not None:
-            loss = (
-                loss * self.args.world_size
-            )  # DDP averages the gradients of what was divided by the sum already
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        count = num_items_in_batch if model.training else None
+        loss = cross_entropy(outputs.logits, inputs["labels"], smoothing, count)
+        if count is not None:  # DDP averages the gradients of what was divided by the sum already
+            loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     # -- optimizer

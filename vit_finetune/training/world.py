@@ -20,6 +20,9 @@ from vit_finetune.run import Run, RunError
 PREPARING = timedelta(days=1)
 """How long processes wait for one that prepares the data: as long as it lives."""
 
+ELSEWHERE = "198.51.100.1"
+"""An address of no machine (RFC 5737): the way there is the way out."""
+
 SHARED_WITHIN = 30.0
 """Seconds after which what one machine wrote is seen by all that share the disk."""
 
@@ -44,7 +47,14 @@ class World:
         if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
             _choose_interface(os.environ)
         # Asked for explicitly: without it, processes launched on a machine without an accelerator stay apart.
-        self.state = PartialState(cpu=use_cpu, timeout=timedelta(seconds=timeout))
+        try:
+            self.state = PartialState(cpu=use_cpu, timeout=timedelta(seconds=timeout))
+        except dist.DistError as error:
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise RunError(
+                f"the processes of this run did not meet at {place} within {timeout:g} s. Expected the "
+                f"address of the first machine, which all others reach, and as many processes as launched"
+            ) from error
         self.timeout = timeout
         self.size, self.rank = self.state.num_processes, self.state.process_index
         check_world(self.size)
@@ -251,23 +261,36 @@ def check_machines_agree(world: World, run: Run, provenance: dict[str, Any]) -> 
 def _choose_interface(environment: MutableMapping[str, str]) -> None:
     """Lets gloo use the network that leads to the other machines.
 
-    It looks its address up by the host's name, which on many machines is 127.0.1.1.
+    It looks its address up by the host's name, which on many machines is 127.0.1.1. To the first machine so
+    may be the name to meet at, which is its own: it takes the network that leads out.
     """
     address = environment.get("MASTER_ADDR")
-    if not address or "GLOO_SOCKET_IFNAME" in environment:
+    if "GLOO_SOCKET_IFNAME" in environment or not address or is_loopback(address):
         return
+    for own in (_own_address(address), _own_address(ELSEWHERE)):
+        if own is None or is_loopback(own):
+            continue
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(found.address.partition("%")[0] == own for found in addresses):
+                environment["GLOO_SOCKET_IFNAME"] = name
+                return
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a machine calls only itself by this address."""
+    return address.startswith("127.") or address in ("localhost", "::1")
+
+
+def _own_address(other: str) -> str | None:
+    """The address of this machine on the way to another; None where there is no way."""
     try:
-        family, kind, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(place)  # sends nothing, but asks for the way
-            own = probe.getsockname()[0]
+            own: str = probe.getsockname()[0]
+            return own
     except OSError:  # the address is wrong, or the network down: forming the world says so
-        return
-    for name, addresses in psutil.net_if_addrs().items():
-        # On the first machine the way to itself is the loopback's; its address is the network's all the same.
-        if any(found.address.partition("%")[0] == own for found in addresses) and not own.startswith("127."):
-            environment["GLOO_SOCKET_IFNAME"] = name
-            return
+        return None
 
 
 def is_lost_connection(error: BaseException) -> bool:
