@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -86,15 +85,6 @@ class ViTTrainer(ResumableTrainer):
         self.diverged = torch.zeros((), dtype=torch.bool, device=args.device)
         # The loss below is a sum over the accumulated batch's images by their number.
         self.loss_is_scaled_for_ga = True
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """The Trainer's; gradients are views of what processes exchange, where they would be copied."""
-        args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        for handler in args["kwargs_handlers"]:
-            handler.gradient_as_bucket_view = True
-        # Of the class token's (1, 1, width), whose strides are others only where the size is 1.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        return args
 
     # -- where the time goes
 
