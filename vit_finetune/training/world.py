@@ -69,9 +69,9 @@ class World:
         return bool(self.rank == 0)
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Returns when all processes are here."""
+        """Returns when all processes are here; waits as long as for any answer where nothing else is said."""
         if self.size > 1:
-            dist.monitored_barrier(self.group, timeout)
+            dist.monitored_barrier(self.group, timeout or timedelta(seconds=self.timeout))
 
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
