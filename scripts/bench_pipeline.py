@@ -98,7 +98,8 @@ def batches_of_ours(folder: Path, cache: Path | None, normalized: bool) -> Itera
     """As ours reads; normalised here only to compare with the others: training does it on the device."""
     from torch.utils.data import DataLoader
 
-    from vit_finetune.data.transforms import EpochSampler, collate, normalize
+    from vit_finetune.data.batches import EpochSampler
+    from vit_finetune.data.transforms import collate, normalize
 
     images, processor = training_images(folder, cache)
     sampler = EpochSampler(len(images), seed=0)

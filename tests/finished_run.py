@@ -12,19 +12,9 @@ import numpy as np
 from PIL import Image
 from sklearn import metrics
 
+from vit_finetune.files import write_json, write_text
 from vit_finetune.recipe import build_recipe
-from vit_finetune.run import (
-    CalibrationBin,
-    ClassScore,
-    Finding,
-    Findings,
-    FoundImage,
-    Mistake,
-    Report,
-    Run,
-    write_json,
-    write_text,
-)
+from vit_finetune.run import CalibrationBin, ClassScore, Finding, Findings, FoundImage, Mistake, Report, Run
 
 ANIMALS = ("ant", "bee", "cat", "dog", "eel")
 

@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader
 from transformers import BitImageProcessor, ViTImageProcessor
 
 from vit_finetune.data import cache
+from vit_finetune.data.batches import EpochSampler
 from vit_finetune.data.cache import PixelCache, cached_edge, shrink
 from vit_finetune.data.images import EncodedImage
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.prepared import prepare_splits
-from vit_finetune.data.transforms import EpochSampler, TrainingImages, TrainingIndex, collate
+from vit_finetune.data.transforms import TrainingImages, TrainingIndex, collate
 from vit_finetune.recipe import AugmentationConfig, DataConfig
 from vit_finetune.run import RunError
 

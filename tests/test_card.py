@@ -15,10 +15,11 @@ from finished_run import draw_report, truncated, write_finished_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from vit_finetune.files import write_json, write_text
 from vit_finetune.publishing.card import build_card, write_card
 from vit_finetune.publishing.redaction import escape_markdown, values_without_paths, without_paths
 from vit_finetune.publishing.report import build_report
-from vit_finetune.run import Finding, Report, Run, write_json, write_text
+from vit_finetune.run import Finding, Report, Run
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from finished_run import truncated, write_finished_run
 
+from vit_finetune.files import write_text
 from vit_finetune.publishing.report import build_report, write_report
-from vit_finetune.run import Report, Run, write_text
+from vit_finetune.run import Report, Run
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -14,9 +14,9 @@ from transformers import BitImageProcessor, ViTImageProcessor
 from transformers.image_utils import load_image
 
 from vit_finetune.data import transforms
+from vit_finetune.data.batches import EpochSampler
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import (
-    EpochSampler,
     EvaluationImages,
     ImageFiles,
     TrainingImages,

@@ -19,8 +19,9 @@ import typer
 
 from vit_finetune import __version__
 from vit_finetune.console import answer, fail, say, show_table
+from vit_finetune.files import is_disk_full
 from vit_finetune.recipe import Recipe, RecipeError, bundled_recipes, load_recipe
-from vit_finetune.run import Interrupted, RunError, is_disk_full
+from vit_finetune.run import Interrupted, RunError
 
 app = typer.Typer(
     help="One recipe file takes a folder of images to an evaluated, documented Vision Transformer.",

@@ -14,6 +14,7 @@ from torchvision.utils import make_grid, save_image
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_table, warn, warn_of_findings
+from vit_finetune.data.batches import naming_loader_errors
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.files import save_splits
 from vit_finetune.data.splits.prepared import PreparedData
@@ -23,25 +24,15 @@ from vit_finetune.data.transforms import (
     TrainingImages,
     TrainingIndex,
     check_image_processor,
-    naming_loader_errors,
 )
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
+from vit_finetune.files import folder_written_whole, sync, write_json, write_text, written_whole
 from vit_finetune.model.loading import load_checkpoint, load_model
 from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
 from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.recipe import Recipe, load_recipe
-from vit_finetune.run import (
-    Interrupted,
-    Report,
-    Run,
-    RunError,
-    folder_written_whole,
-    sync,
-    write_json,
-    write_text,
-    written_whole,
-)
+from vit_finetune.run import Interrupted, Report, Run, RunError
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
 from vit_finetune.training.checkpoints import newest_intact, remove_leftovers

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, pipeline
 
 from vit_finetune.data.augmentation import generator_of
+from vit_finetune.data.batches import EpochSampler
 from vit_finetune.data.splits.carving import load_splits
-from vit_finetune.data.transforms import EpochSampler, EvaluationImages, TrainingImages, collate, normalize
+from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.evaluation.scoring import score
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_checkpoint, load_model, restore_weights

@@ -27,7 +27,8 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from vit_finetune.console import progress
 from vit_finetune.data.images import EncodedImage
-from vit_finetune.run import RunError, written_whole
+from vit_finetune.files import written_whole
+from vit_finetune.run import RunError
 
 FORMAT = 1
 """Counted up when the same name would mean other pixels."""

@@ -35,9 +35,10 @@ from vit_finetune.evaluation.metrics import (
     log_loss,
     top_k_accuracy,
 )
+from vit_finetune.files import written_whole
 from vit_finetune.model.loading import load_checkpoint
 from vit_finetune.recipe import DataConfig, EvaluationConfig, load_recipe
-from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval, written_whole
+from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
 
 PICTURE_PIXELS = 224
 """Longest side of the pictures of mistakes in a report."""

@@ -10,6 +10,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from vit_finetune.files import write_text
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
     Record,
@@ -34,7 +35,7 @@ from vit_finetune.publishing.redaction import (
     values_without_paths,
     without_paths,
 )
-from vit_finetune.run import TOLD, Finding, Report, Run, write_text
+from vit_finetune.run import TOLD, Finding, Report, Run
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_NAMED = 5

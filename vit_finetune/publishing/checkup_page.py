@@ -9,8 +9,9 @@ from pathlib import Path
 import jinja2
 
 from vit_finetune.console import printable
+from vit_finetune.files import write_text
 from vit_finetune.publishing.picture import Picture, build_picture
-from vit_finetune.run import Finding, Findings, FoundImage, write_text
+from vit_finetune.run import Finding, Findings, FoundImage
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 

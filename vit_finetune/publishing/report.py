@@ -9,6 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from vit_finetune.console import printable
+from vit_finetune.files import write_text
 from vit_finetune.publishing import charts
 from vit_finetune.publishing.picture import Picture, build_picture
 from vit_finetune.publishing.record import (
@@ -26,7 +27,7 @@ from vit_finetune.publishing.record import (
     score_rows,
     worst_by_f1,
 )
-from vit_finetune.run import Mistake, Report, Run, write_text
+from vit_finetune.run import Mistake, Report, Run
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_BARS = 20

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_finetune.console import warn
-from vit_finetune.run import sync
+from vit_finetune.files import sync
 
 CHECKSUMS = "checksums.json"
 """In every checkpoint: bytes and SHA-256 of each of its files, by name."""

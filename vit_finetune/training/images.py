@@ -7,17 +7,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
+from vit_finetune.data.batches import EpochLoader, EpochSampler, StepBatches, outlive_signals
 from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.streaming.batches import StreamBatches, StreamLoader
 from vit_finetune.data.streaming.prepared import PreparedStream
-from vit_finetune.data.transforms import (
-    EpochLoader,
-    EpochSampler,
-    StepBatches,
-    TrainingImages,
-    collate,
-    outlive_signals,
-)
+from vit_finetune.data.transforms import TrainingImages, collate
 from vit_finetune.recipe import AugmentationConfig, TrainingConfig
 from vit_finetune.run import RunError
 from vit_finetune.training.arguments import ViTTrainingArguments

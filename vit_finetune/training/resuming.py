@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerControl
 
+from vit_finetune.files import is_disk_full
 from vit_finetune.model.loading import restore_weights
-from vit_finetune.run import Interrupted, RunError, is_disk_full
+from vit_finetune.run import Interrupted, RunError
 from vit_finetune.training.callbacks import StopOnSignal
 from vit_finetune.training.checkpoints import (
     STATE,

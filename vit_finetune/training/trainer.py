@@ -15,14 +15,9 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
+from vit_finetune.data.batches import outlive_signals
 from vit_finetune.data.streaming.batches import StreamBatches
-from vit_finetune.data.transforms import (
-    EvaluationImages,
-    TrainingImages,
-    collate,
-    normalize,
-    outlive_signals,
-)
+from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.run import RunError
 from vit_finetune.training.arguments import ViTTrainingArguments
 from vit_finetune.training.callbacks import StopOnSignal

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from vit_finetune.data.checkup.readings import hash_text, shrink
-from vit_finetune.run import written_whole
+from vit_finetune.files import written_whole
 
 DISTANCE = 10
 """Bits of 64 in which the hashes of near duplicates may differ: what another size, stronger compression,

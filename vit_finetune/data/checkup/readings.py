@@ -26,8 +26,8 @@ from vit_finetune.data.images import BROKEN, UnreadableImage, decode_image, hash
 from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.sources.columns import Source
 from vit_finetune.data.sources.webdataset import file_of, read_encoded
+from vit_finetune.files import written_whole
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import written_whole
 
 CHUNK = 64
 """Images that one thread reads at a time."""

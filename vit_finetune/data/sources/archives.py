@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 from vit_finetune.console import progress
-from vit_finetune.run import RunError, folder_written_whole, is_disk_full
+from vit_finetune.files import folder_written_whole, is_disk_full
+from vit_finetune.run import RunError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 

@@ -22,8 +22,9 @@ import pyarrow as pa
 from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.sources.folders import is_image_name
 from vit_finetune.data.sources.tables import LABEL_COLUMNS
+from vit_finetune.files import written_whole
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import RunError, written_whole
+from vit_finetune.run import RunError
 
 LARGEST_LABEL = 1 << 20
 """Bytes of a member that names a label; a larger one is something else, and would fill the memory."""

@@ -16,8 +16,9 @@ import pyarrow.csv
 
 from vit_finetune.data.sources.columns import Source, column_array, column_values
 from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of
+from vit_finetune.files import write_text
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import Run, RunError, write_text
+from vit_finetune.run import Run, RunError
 
 COLUMNS = ("id", "label", "split")
 

@@ -12,18 +12,17 @@ from transformers import BaseImageProcessor
 
 from vit_finetune.console import warn
 from vit_finetune.data.augmentation import generator_of
+from vit_finetune.data.batches import EpochLoader, outlive_signals
 from vit_finetune.data.images import EncodedImage, UnreadableImage
 from vit_finetune.data.sources.shards import label_ids
 from vit_finetune.data.streaming.prepared import TrainStream, refuse_unreadable
 from vit_finetune.data.streaming.streams import Row
 from vit_finetune.data.transforms import (
     NO_LABEL,
-    EpochLoader,
     TrainingIndex,
     build_augmentation,
     collate,
     filling,
-    outlive_signals,
     output_size,
     read_varied,
 )

@@ -17,8 +17,8 @@ import pyarrow as pa
 from vit_finetune.console import progress
 from vit_finetune.data.sources.archives import cache_dir
 from vit_finetune.data.streaming.streams import Carving, Origin, Row
+from vit_finetune.files import folder_written_whole
 from vit_finetune.recipe import DataConfig
-from vit_finetune.run import folder_written_whole
 
 HELD_BYTES = 8_000_000
 """Encoded images that are in memory on their way to the cache."""

@@ -1,0 +1,124 @@
+"""Which images make up the batches of an epoch, in which process; and the loader processes that read them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from vit_finetune.data.augmentation import generator_of
+from vit_finetune.data.transforms import NO_IMAGE, TrainingIndex
+from vit_finetune.run import RunError
+
+
+class EpochSampler(Sampler[TrainingIndex]):
+    """Every image once an epoch, in an order that depends on (seed, epoch) alone.
+
+    Args:
+        size: number of images.
+        seed: of the order.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, by accelerate and by the Trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[TrainingIndex]:
+        # Seeds of consecutive epochs must not meet those of consecutive seeds.
+        generator = torch.Generator().manual_seed(generator_of(self.seed, self.epoch, -1).getrandbits(63))
+        for index in torch.randperm(self.size, generator=generator).tolist():
+            yield TrainingIndex(self.epoch, index)
+
+
+class StepBatches(Sampler[list[TrainingIndex]]):
+    """The batches of one process: whoever they are divided over, a step trains on the same images.
+
+    All processes take one batch each of every `processes * batch_size` images of the epoch's order. Of the
+    epoch's last, some get fewer images or none; those get a `NO_IMAGE`, so that none waits for another.
+
+    Args:
+        sampler: the epoch's order.
+        batch_size: images per batch.
+        processes: how many train together.
+        rank: of this process among them.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, processes: int = 1, rank: int = 0) -> None:
+        self.sampler, self.batch_size, self.processes, self.rank = sampler, batch_size, processes, rank
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, by the Trainer."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // (self.processes * self.batch_size))
+
+    def __iter__(self) -> Iterator[list[TrainingIndex]]:
+        order = list(self.sampler)
+        for number in range(len(self)):
+            start = (number * self.processes + self.rank) * self.batch_size
+            batch = order[start : start + self.batch_size]
+            yield batch or [TrainingIndex(self.sampler.epoch, NO_IMAGE)]
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader whose batches depend on the epoch: it passes the epoch's number on to its batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def outlive_signals(worker: int) -> None:
+    """For loader processes (`worker_init_fn`): leaves what a signal means to the process they load for.
+
+    Ctrl-C and a cluster's SIGTERM go to the whole group of processes; a loader process that died of it would
+    take the checkpoint with it. Only what its own parent sends ends it.
+    """
+    asked = {signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])}
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(asked).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def naming_loader_errors() -> Iterator[None]:
+    """A block in which errors of loader processes are said as if they had happened here.
+
+    Raises:
+        RunError: what a loader process met, without torch's two tracebacks around it; or that one was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, RunError) and text.startswith("Caught RunError in DataLoader worker"):
+            raise RunError(text.rpartition("RunError: ")[2].strip()) from None
+        if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", text):
+            cause = "shared memory (/dev/shm) is full" if "Bus error" in text else "memory ran out"
+            raise RunError(
+                f"a loader process was killed, most likely because {cause}. Lower "
+                f"training.dataloader_num_workers, and go on with --resume"
+            ) from error
+        raise
