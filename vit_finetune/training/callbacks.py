@@ -125,10 +125,8 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        known, self.number = (
-            self.number,
-            self.number or number,
-        )  # also where a destructor swallows what is raised
+        known = self.number
+        self.number = known or number  # kept also where a destructor swallows what is raised here
         again = number == signal.SIGINT and known and time.monotonic() - self.asked_at > AGAIN_SECONDS
         if not self.is_training or again:
             raise Interrupted(
