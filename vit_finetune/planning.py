@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,7 +33,9 @@ def quiet_libraries() -> Iterator[None]:
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            # DDP's, of the class token (1, 1, width), whose gradient's strides differ only where the size is 1.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             yield
     finally:
         if bars:

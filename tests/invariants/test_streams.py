@@ -14,11 +14,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import TINY_VIT, tiny_recipe
+from fork_server import ForkServer
 from safetensors.torch import load_file
 from shard_files import NAMES, draw_png, sample, write_tar, write_tars
+from worlds import finish
 
 from invariants.test_exactness import AUGMENTED, DROPOUT, KillAt, Killed, same, weights_of
-from invariants.test_processes import launch
 from vit_finetune.checking import check
 from vit_finetune.data.streaming.prepared import PreparedStream, prepare_data
 from vit_finetune.data.transforms import EvaluationImages
@@ -104,7 +105,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, workers: int, kill_at: int
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_one_process_equals_two(tmp_path: Path) -> None:
+def test_one_process_equals_two(forks: ForkServer, tmp_path: Path) -> None:
     """Three shards over two processes, 16 images and 1: every step of theirs takes all 17, each once.
 
     The second process fills up: its share of a step is one image and one batch without any.
@@ -131,8 +132,7 @@ def test_one_process_equals_two(tmp_path: Path) -> None:
         )
         file = tmp_path / f"p{processes}.yaml"
         file.write_text(recipe.to_yaml(resolved=False))
-        result = launch(file, processes)
-        assert result.returncode == 0, result.stderr[-3000:]
+        finish(forks.start_world(tmp_path / f"p{processes}", processes, "train", file))
         runs[processes] = Run(tmp_path / f"run{processes}")
         provenance = runs[processes].read_provenance()
         assert provenance["steps"] == 4
@@ -147,15 +147,14 @@ def test_one_process_equals_two(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_come_to_the_end_of_every_epoch(tmp_path: Path) -> None:
+def test_two_processes_come_to_the_end_of_every_epoch(forks: ForkServer, tmp_path: Path) -> None:
     """One process has five batches an epoch, the other one; one image cannot be read, and is told of."""
     folder = split_shards(tmp_path / "shards", [9, 2, 9])
     write_tar(folder / "train-001.tar", *sample(500), *sample(501), ("x.png", b"broken"), ("x.cls", b"red"))
     recipe = tiny_recipe(folder, tmp_path / "run", data={**STREAMED, "on_unreadable": "skip"})
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml(resolved=False))
-    result = launch(file, 2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    finish(forks.start_world(tmp_path / "two", 2, "train", file))
     provenance = Run(tmp_path / "run").read_provenance()
     assert provenance["steps"] == 2 * 5
     assert provenance["data"]["unreadable"] == [{"id": "train-001.tar/x", "problem": "not an image"}]
