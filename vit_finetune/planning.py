@@ -34,7 +34,7 @@ def quiet_libraries() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         with quiet_transformers(), warnings.catch_warnings():
-            # DDP's, of the class token (1, 1, width), whose gradient's strides differ only where the size is 1.
+            # DDP's, of the class token (1, 1, width): its gradient's strides differ only where the size is 1.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             yield
     finally:
