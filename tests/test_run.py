@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,22 @@ def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path: Path) -> No
 def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"provenance\.json is missing: .* Continue it with --resume"):
         started(tmp_path / "run").read_provenance()
+
+
+def test_a_run_is_one_processs_at_a_time(tmp_path: Path) -> None:
+    """Locks are between processes: the other one is a child."""
+    run = Run(tmp_path / "run")
+    other = (
+        "import sys; from vit_finetune.run import Run, RunError\n"
+        "try:\n with Run(sys.argv[1]).held(): print('held')\n"
+        "except RunError as error: print(error)"
+    )
+
+    def try_it() -> str:
+        done = subprocess.run([sys.executable, "-c", other, str(run.path)], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    with run.held():
+        assert try_it().startswith(f"{run.path}: another process is training there")
+    assert try_it() == "held"
+    assert not list(run.checkpoints.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from typing import Any
 
 import datasets
@@ -62,7 +63,12 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         return run
     if before:
         check_same_division(os.environ, before["hardware"])
-    with quiet_libraries(), form_world(recipe) as world, StopOnSignal(world).listening() as stop:
+    with (
+        quiet_libraries(),
+        form_world(recipe) as world,
+        StopOnSignal(world).listening() as stop,
+        ExitStack() as held,
+    ):
         with world.one_per_machine_first():
             data = prepare_data(recipe.data)
         set_seed(recipe.training.seed)
@@ -84,7 +90,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         )
         provenance = describe_start(recipe, data, model, hardware, world.size, command, before)
         if world.is_main:
-            _open(run, recipe, data, train, provenance, new=not resume)
+            _open(run, recipe, data, train, provenance, held, new=not resume)
         check_machines_agree(world, run, provenance)
         trainer = ViTTrainer(
             model,
@@ -184,11 +190,21 @@ def _resuming(command: str | None, world: World) -> str:
 
 
 def _open(
-    run: Run, recipe: Recipe, data: PreparedData, train: TrainingImages, provenance: dict[str, Any], new: bool
+    run: Run,
+    recipe: Recipe,
+    data: PreparedData,
+    train: TrainingImages,
+    provenance: dict[str, Any],
+    held: ExitStack,
+    new: bool,
 ) -> None:
-    """Writes what is known before the first step; leaves no half-made run where it cannot."""
+    """Writes what is known before the first step; leaves no half-made run where it cannot.
+
+    From then on no other process may write there, until `held` is closed.
+    """
     if new:
         run.claim()
+    held.enter_context(run.held())
     run.remove_leftovers()
     try:
         write_text(run.recipe, recipe.to_yaml())  # first: a folder with a recipe can be resumed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -9,7 +11,8 @@ import re
 import shutil
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,6 +293,29 @@ class Run:
                         with suppress(OSError):
                             self.checkpoints.rmdir()
         raise RunError(f"{self.path}: another process has just begun a run there; set training.output_dir=…")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block in which no other process writes to the run, of any machine whose file system knows locks.
+
+        Raises:
+            RunError: another process is writing to it.
+        """
+        lock = self.checkpoints / ".lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise RunError(
+                        f"{self.path}: another process is training there. Let it end, or end it, and say the "
+                        f"same again"
+                    ) from None
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process was writing: `written_whole`'s and `folder_written_whole`'s."""
