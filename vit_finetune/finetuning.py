@@ -204,16 +204,19 @@ def _open(
     """
     if new:
         run.claim()
-    held.enter_context(run.held())
+    else:
+        held.enter_context(run.held())
     run.remove_leftovers()
     try:
         write_text(run.recipe, recipe.to_yaml())  # first: a folder with a recipe can be resumed
+        if new:
+            held.enter_context(run.held())  # not before: killed without a recipe, it leaves the folder free
         save_splits(data.splits, run)
         write_text(run.findings, data.findings.shortened().to_json())
         _save_augmented(run, train)
         write_json(run.provenance, provenance)  # last: without it, a resumed run begins anew
-    except Exception:  # stopped by a signal, it can be resumed
-        if new:
+    except Exception as error:  # stopped by a signal, it can be resumed
+        if new and not isinstance(error, RunError):  # else another process resumes it already
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
