@@ -315,7 +315,8 @@ class Run:
             try:
                 yield
             finally:
-                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # such as a disk that has become read-only, of which the block told
+                    lock.unlink()
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process was writing: `written_whole`'s and `folder_written_whole`'s."""
