@@ -78,12 +78,19 @@ class Place:
         return told
 
 
+SHARING = re.compile(
+    r"Traceback \(most recent call last\):\n(?:  .*multiprocessing/resource_sharer\.py.*\n)(?:  .*\n)*\w*Error.*\n"
+)
+"""What a thread of multiprocessing's says in a loader process that was just handing over a batch when the process at
+the other end died: nothing that the product could keep back."""
+
+
 def ended(children: Sequence[Child], codes: Sequence[int], errors: int = 1) -> str:
     """What processes said together; makes sure of how they ended, and that only so many of them complained."""
     assert [child.wait() for child in children] == list(codes), "\n---\n".join(
         child.stderr for child in children
     )
-    told = "".join(child.stderr for child in children)
+    told = SHARING.sub("", "".join(child.stderr for child in children))
     assert "Traceback" not in told, told
     assert "Warning" not in told, told
     assert "--debug" not in told, f"an error that nobody foresaw:\n{told}"
