@@ -54,7 +54,7 @@ def test_a_run_that_never_began_says_so(tmp_path: Path) -> None:
         started(tmp_path / "run").read_provenance()
 
 
-def test_a_run_is_one_processs_at_a_time(tmp_path: Path) -> None:
+def test_only_one_process_at_a_time_holds_a_run(tmp_path: Path) -> None:
     """Locks are between processes: the other one is a child."""
     run = Run(tmp_path / "run")
     other = (
