@@ -21,7 +21,7 @@ from vit_finetune import __version__
 from vit_finetune.console import answer, fail, say, show_table
 from vit_finetune.files import is_disk_full
 from vit_finetune.recipe import Recipe, RecipeError, bundled_recipes, load_recipe
-from vit_finetune.run import Interrupted, RunError
+from vit_finetune.run import STOPPING, Interrupted, RunError
 
 app = typer.Typer(
     help="One recipe file takes a folder of images to an evaluated, documented Vision Transformer.",
@@ -222,9 +222,9 @@ def _listen() -> None:
 
 
 def _answer_signals(handler: Any) -> None:
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+    for number in STOPPING:
+        if number != signal.SIGINT:  # Ctrl-C stays Python's
+            signal.signal(number, handler)
 
 
 def _fail_once(message: str) -> None:

@@ -23,6 +23,10 @@ class RunError(RuntimeError):
     """The work cannot go on; its text is the whole message: found, expected, what to write instead."""
 
 
+STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+"""Ctrl-C; what launchers, Slurm and spot machines send before they kill."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal stopped the work; the text says what was kept and how to go on.
 

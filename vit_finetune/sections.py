@@ -224,7 +224,6 @@ class TrainingConfig(Section):
     """Seconds that a process waits for another that does not answer."""
     ddp_find_unused_parameters: bool | None = None
     """Whether to look in every step for weights without a gradient; `null`: where the model has any."""
-    ddp_static_graph: bool | None = None
     logging_nan_inf_filter: bool = False
     """Whether to leave losses that are not finite out of the log; they end training in any case."""
     eval_strategy: str = "epoch"

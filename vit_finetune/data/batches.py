@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.transforms import NO_IMAGE, TrainingIndex
-from vit_finetune.run import RunError
+from vit_finetune.run import STOPPING, RunError
 
 
 class EpochSampler(Sampler[TrainingIndex]):
@@ -88,14 +88,13 @@ def outlive_signals(worker: int) -> None:
     Ctrl-C and a cluster's SIGTERM go to the whole group of processes; a loader process that died of it would
     take the checkpoint with it. Only what its own parent sends ends it.
     """
-    asked = {signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])}
     if not hasattr(signal, "sigwaitinfo"):
         return
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
     def wait() -> None:
-        while signal.sigwaitinfo(asked).si_pid != parent:
+        while signal.sigwaitinfo(STOPPING).si_pid != parent:
             pass
         os._exit(0)
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vit_finetune.console import build_progress, say, terminal
-from vit_finetune.run import Interrupted
+from vit_finetune.run import STOPPING, Interrupted
 from vit_finetune.training.world import World
 
 PLAIN_LINE_SECONDS = 30
@@ -83,8 +83,6 @@ class ProgressDisplay(TrainerCallback):
         self.bar.stop()
 
 
-STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-"""Ctrl-C; what launchers, Slurm and spot machines send before they kill."""
 AGAIN_SECONDS = 1.0
 """A Ctrl-C sooner than this after the first is the launcher handing on the same one."""
 
