@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined]  # that of the HTTP library, whichever the client uses
+    HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
-from vit_finetune.console import say
+from vit_finetune.console import say, terminal
 from vit_finetune.files import is_disk_full
 from vit_finetune.run import RunError
 
@@ -84,6 +92,27 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str | None
     with explaining_errors(repo_id, kind, revision):
         sha = HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha
     return str(sha)
+
+
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """A block in which the Hub's client says nothing: its log lines hold whole addresses, signatures and all.
+
+    Its progress bars stay where there is a terminal to draw them on.
+    """
+    level, bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    if not terminal().is_terminal:
+        disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # That uploads without Xet, which HF_HUB_DISABLE_XET asks for, are on their way out.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="huggingface_hub")
+            yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()
 
 
 # --------------------------------------------------------------------------- errors
@@ -157,8 +186,8 @@ def _explain_status(error: HfHubHTTPError) -> str:
     match status:
         case 401:
             return (
-                "the Hub does not know your token; it may have expired. Log in again with `hf auth login`, or "
-                "set another HF_TOKEN"
+                "the Hub does not know your token; it may have expired. Log in again with `hf auth login`, "
+                "or set another HF_TOKEN"
             )
         case 403:
             return f"the Hub does not let your token do that{f' ({said})' if said else ''}"
