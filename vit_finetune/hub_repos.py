@@ -169,7 +169,7 @@ def _explain(error: BaseException, repo_id: str, kind: Kind, revision: str | Non
             )
         case HfHubHTTPError():
             return f"{repo_id}: {_explain_status(error)}"
-        case OfflineModeIsEnabled():
+        case HTTPError() | ConnectionError() if constants.is_offline_mode():
             return (
                 f"{repo_id} is not in the cache, and HF_HUB_OFFLINE keeps this command from the network. "
                 f"Unset it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
@@ -67,6 +68,14 @@ class DataConfig(Section):
     holds so many, encoded."""
     cache: str = "auto"
     """Keep training images shrunk to just above training size: `auto` where it pays, `off`, or a folder."""
+
+    @field_validator("path")
+    @classmethod
+    def _names_no_revision(cls, value: str) -> str:
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)@([^/\\]+)", value)
+        if match and not Path(value).expanduser().exists():
+            raise ValueError(f"does not name a revision: write path {match[1]} and revision {match[2]}")
+        return value
 
     @field_validator("cache", mode="before")
     @classmethod
