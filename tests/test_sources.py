@@ -107,7 +107,7 @@ def test_hub_ids_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_the_hub_does_not_have_is_one_message() -> None:
-    with pytest.raises(RunError, match="owner/nothing: could not be loaded from the Hub"):
+    with pytest.raises(RunError, match="owner/nothing is not in the cache, and HF_HUB_OFFLINE"):
         load_source(DataConfig(path="owner/nothing"))
 
 

@@ -190,7 +190,8 @@ def test_prepared_data_describes_itself(folder: Path) -> None:
     data = prepare_splits(config(folder, on_unreadable="skip"))
     facts = data.describe("photos")
     (cut,) = data.findings.findings
-    assert facts["source"] == "folder"
+    assert facts["source"] == "folder" and "revision" not in facts
+    assert {split["origin"] for split in facts["splits"].values()} == {"carved"}
     assert sum(split["num_images"] for split in facts["splits"].values()) == 35
     assert [(image.id, image.detail) for image in cut.images] == [("red/0.png", "0 bytes")]
 

@@ -17,9 +17,10 @@ from shard_files import NAMES, draw_png, sample, write_parquet, write_tar, write
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.images import EncodedImage, decode_image
+from vit_finetune.data.sources import hub
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.streaming import batches as batches_module
-from vit_finetune.data.streaming import streams, survey
+from vit_finetune.data.streaming import survey
 from vit_finetune.data.streaming.batches import NO_LABEL, StreamBatches, StreamLoader, rebatch
 from vit_finetune.data.streaming.prepared import PreparedStream, prepare_data, prepare_stream, shuffled
 from vit_finetune.data.streaming.streams import Carving
@@ -411,16 +412,12 @@ def as_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`owner/name` is this folder, loaded as the Hub's datasets are."""
     real = datasets.load_dataset
 
-    class Api:
-        def dataset_info(self, path: str, revision: str | None) -> Any:
-            return type("Info", (), {"sha": "0123abcd"})()
-
     monkeypatch.setattr(
-        streams.datasets,
+        hub.datasets,
         "load_dataset",
         lambda path, name=None, revision=None, streaming=False: real(str(folder), streaming=streaming),
     )
-    monkeypatch.setattr(streams, "HfApi", Api)
+    monkeypatch.setattr(hub, "resolve_commit", lambda *asked: "0123abcd")
     # Waited at the end of each epoch for the threads of old versions of pyarrow.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 

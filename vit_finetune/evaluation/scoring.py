@@ -23,8 +23,9 @@ from vit_finetune.console import progress
 from vit_finetune.data.checkup.checkup import leave_out_unreadable
 from vit_finetune.data.sources.columns import column_values, with_labels
 from vit_finetune.data.sources.folders import ALL
+from vit_finetune.data.sources.hub import is_hub_id
 from vit_finetune.data.sources.source import load_source
-from vit_finetune.data.splits.prepared import fingerprint
+from vit_finetune.data.splits.prepared import fingerprint, pinned
 from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
 from vit_finetune.evaluation.metrics import (
@@ -36,6 +37,7 @@ from vit_finetune.evaluation.metrics import (
     top_k_accuracy,
 )
 from vit_finetune.files import written_whole
+from vit_finetune.hub_repos import parse_hub_id
 from vit_finetune.model.loading import load_checkpoint
 from vit_finetune.recipe import DataConfig, EvaluationConfig, load_recipe
 from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
@@ -264,11 +266,10 @@ def evaluate(
             raise RunError(
                 f"{target} is a model, not a run: say which images to score it on with --data PATH"
             )
-        splits = prepare_data(own).splits
+        splits = prepare_data(pinned(own, run.read_provenance())).splits
         _check_same_images(run, splits, split)
     else:
-        # Groups decide what is carved apart, and nothing is carved here; nor is anything excluded.
-        other = own.model_copy(update={"path": data, "group": None}) if own else DataConfig(path=data)
+        other = _other_data(own, data)
         splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
     if split not in splits:
@@ -277,6 +278,19 @@ def evaluate(
     return score(
         model, image_processor, with_labels(splits[split], labels), split, config or EvaluationConfig()
     ).report
+
+
+def _other_data(own: DataConfig | None, data: str) -> DataConfig:
+    """The images that `--data` names, read as the run's own were as far as that has a meaning there."""
+    path, revision = parse_hub_id(data) or (data, None)
+    if own is None:
+        return DataConfig(path=path, revision=revision)
+    # Groups decide what is carved apart, and nothing is carved here; nor is anything excluded.
+    changes = {"path": path, "group": None, "revision": revision or own.revision}
+    if path != own.path and (is_hub_id(path) or is_hub_id(own.path)):
+        # Subsets, columns and commits are those of one dataset.
+        changes |= {"subset": None, "image_column": None, "label_column": None, "revision": revision}
+    return own.model_copy(update=changes)
 
 
 def _check_same_images(run: Run, splits: datasets.DatasetDict, split: str) -> None:

@@ -75,12 +75,16 @@ def describe_start(
         "labels": data.labels,
         "model": describe_model(model) | {"base_model": recipe.model.path},
     }
-    if before and before["data"]["splits"] != facts["data"]["splits"]:
+    if before and _fingerprints(before["data"]) != _fingerprints(facts["data"]):
         raise RunError(
             f"{recipe.data.path}: the images are not those that the run was started with, so it cannot be "
             f"resumed. Start another run with training.output_dir=…"
         )
     return (before or {}) | facts  # what was spent so far stays, also where this session is killed
+
+
+def _fingerprints(data: dict[str, Any]) -> dict[str, tuple[int | None, str]]:
+    return {name: (split.get("num_images"), split["fingerprint"]) for name, split in data["splits"].items()}
 
 
 def describe_training(

@@ -31,6 +31,8 @@ class Source:
     notices: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Ids by split of images that are there, but are excluded or cannot be read."""
+    revision: str | None = None
+    """The commit of a Hub dataset."""
 
     def without(self, rows: dict[str, npt.NDArray[np.bool_]]) -> Source:
         """The source without some rows of its splits, which it remembers as left out.

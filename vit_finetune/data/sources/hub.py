@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+from huggingface_hub import HfApi
 
 from vit_finetune.data.sources.archives import is_archive
-from vit_finetune.data.sources.columns import Source, column_values, common_labels
+from vit_finetune.data.sources.columns import Source, column_array, column_values, common_labels
 from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of
 from vit_finetune.data.sources.groups import group_names
 from vit_finetune.data.sources.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column
 from vit_finetune.data.sources.tables import SUFFIXES as TABLE_SUFFIXES
+from vit_finetune.files import is_disk_full
+from vit_finetune.hub_repos import explaining_errors, resolve_commit
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
+
+FILE_NAME = "file_name"
+"""The column of Hub datasets and Parquet shards with the name of each image's file."""
 
 
 def is_hub_id(path: str) -> bool:
@@ -33,22 +41,72 @@ def load_hub_dataset(config: DataConfig) -> Source:
     """A dataset of the Hub, downloaded into the cache of `datasets`.
 
     Raises:
-        RunError: it cannot be loaded, or as `arrange_columns`.
+        RunError: as `load_from_hub` and `arrange_columns`.
     """
-    try:
-        loaded = datasets.load_dataset(config.path, name=config.subset, revision=config.revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    loaded, commit = load_from_hub(config)
+    return replace(arrange_columns(loaded, config), revision=commit)
+
+
+def load_from_hub(config: DataConfig, streaming: bool = False) -> tuple[Any, str | None]:
+    """What `datasets` loads of a dataset of the Hub, and its commit where that is known.
+
+    The commit is asked for first and loaded by its name: a push meanwhile changes nothing.
+
+    Args:
+        config: which dataset, subset and revision.
+        streaming: whether to read it as it arrives.
+
+    Raises:
+        RunError: there is no such dataset or revision, it is not to be had, or cannot be loaded.
+    """
+    where, wanted = config.path, config.revision
+    commit = resolve_commit(where, wanted, "dataset")
+    if commit is None and streaming:
         raise RunError(
-            f"{config.path}: could not be loaded from the Hub ({type(error).__name__}: {error}). It is no "
-            f"folder or file on this machine either; set data.path=…"
-        ) from error
-    return arrange_columns(loaded, config)
+            f"{where} is streamed from the Hub, and HF_HUB_OFFLINE keeps this command from the network. "
+            f"Unset it, or leave out data.streaming"
+        )
+    with explaining_errors(where, "dataset", wanted):
+        try:
+            loaded = datasets.load_dataset(
+                where, name=config.subset, revision=commit or wanted, streaming=streaming
+            )
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            if is_disk_full(error):
+                raise
+            if commit is not None:
+                HfApi().auth_check(where, repo_type="dataset")  # `datasets` hides that it is gated
+            raise RunError(
+                f"{where}: could not be loaded from the Hub ({type(error).__name__}: {error}). It is no "
+                f"folder or file on this machine either; set data.path=…"
+            ) from error
+    return loaded, commit if streaming else _check_commit(loaded, commit, config)
+
+
+def _check_commit(loaded: datasets.DatasetDict, commit: str | None, config: DataConfig) -> str | None:
+    """The commit of what was loaded, which lies in a folder of its name.
+
+    Raises:
+        RunError: it is another than was asked for: where the Hub does not answer, `datasets` takes the newest
+            that it has in its cache.
+    """
+    files = [file["filename"] for split in loaded.values() for file in split.cache_files]
+    found = Path(files[0]).parent.name if files else commit
+    wanted = commit or config.revision
+    if wanted and found != wanted:
+        why = "the Hub stopped answering" if commit else "HF_HUB_OFFLINE keeps this command from the network"
+        raise RunError(
+            f"{config.path}: the commit {wanted} is asked for, but {why}, and the cache holds {found}. "
+            + ("Say the same again" if commit else "Unset it, or leave out data.revision")
+        )
+    return found if found and re.fullmatch(r"[0-9a-f]{40}", found) else commit
 
 
 def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
-    """A Hub dataset under our split and column names, with the row's number as its id.
+    """A Hub dataset under our split and column names.
 
-    Classes keep the dataset's own order where it has one, else they are sorted naturally.
+    An image's id is the name in the string column `file_name` where each has one of its own, else its row's
+    number. Classes keep the dataset's own order where it has one, else they are sorted naturally.
 
     Raises:
         RunError: columns or splits that cannot be told apart, several labels per image, one class only, or
@@ -78,8 +136,9 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
     labels = common_labels(config.path, classes)
     if isinstance(features[label], datasets.ClassLabel):
         labels = list(features[label].names)
+    named = _has_file_names(splits.values())
     arranged = {
-        split: _arrange_rows(dataset, image, labels_of[split], labels, config.group)
+        split: _arrange_rows(dataset, image, labels_of[split], labels, config.group, named)
         for split, dataset in splits.items()
     }
     return Source("hub", arranged, labels, notices)
@@ -108,6 +167,15 @@ def _name_splits(
     return splits
 
 
+def _has_file_names(splits: Collection[datasets.Dataset]) -> bool:
+    """Whether every image has a file name of its own, over all splits."""
+    if not all(split.features.get(FILE_NAME) == datasets.Value("string") for split in splits):
+        return False
+    chunks = [chunk for split in splits for chunk in column_array(split, FILE_NAME).chunks]
+    names = pa.chunked_array(chunks, pa.string())
+    return not names.null_count and len(names.unique()) == len(names)
+
+
 def _row_labels(
     where: str, dataset: datasets.Dataset, image: str, label: str
 ) -> tuple[list[str | None], set[str]]:
@@ -131,6 +199,7 @@ def _arrange_rows(
     names: Sequence[str | None],
     labels: Sequence[str],
     group: str | None,
+    named: bool,
 ) -> datasets.Dataset:
     ids = {label: number for number, label in enumerate(labels)}
     images = dataset.select_columns([image])
@@ -140,7 +209,7 @@ def _arrange_rows(
         "label",
         [-1 if name is None else ids[name] for name in names],
         feature=datasets.ClassLabel(names=list(labels)),
-    ).add_column("id", [str(number) for number in range(len(names))])
+    ).add_column("id", column_values(dataset, FILE_NAME) if named else [str(n) for n in range(len(names))])
     if group is not None and group in dataset.features:
         arranged = arranged.add_column("group", _row_groups(dataset, group), feature=datasets.Value("string"))
     labelled = [number for number, name in enumerate(names) if name is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -27,7 +28,7 @@ from vit_finetune.data.sources.folders import (
     walk_folders,
 )
 from vit_finetune.data.sources.groups import match_groups
-from vit_finetune.data.sources.hub import arrange_columns, is_hub_id, load_hub_dataset
+from vit_finetune.data.sources.hub import FILE_NAME, arrange_columns, is_hub_id, load_hub_dataset
 from vit_finetune.data.sources.shards import (
     Shards,
     distinct_labels,
@@ -130,7 +131,7 @@ def _with_groups(source: Source, path: str, group: str) -> Source:
         notices.append(
             f"{count_of(len(alone), 'image')} in no group of data.group={group}: {first_of(alone)}"
         )
-    return Source(source.kind, splits, source.labels, notices)
+    return replace(source, splits=splits, notices=notices)
 
 
 # --------------------------------------------------------------------------- shards
@@ -164,15 +165,18 @@ def _from_parquet(shards: Shards, config: DataConfig) -> Source:
         loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_dir() / "parquet"))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise RunError(f"{config.path}: could not be read ({error}: {error.__cause__})") from error
-    group = [config.group] if config.group in loaded[next(iter(loaded))].features else []
-    loaded = loaded.select_columns([image, label, *group]).cast_column(image, datasets.Image())
+    found = loaded[next(iter(loaded))].features
+    others = [column for column in (config.group, FILE_NAME) if column in found]
+    loaded = loaded.select_columns(list(dict.fromkeys([image, label, *others]))).cast_column(
+        image, datasets.Image()
+    )
     _refuse_names_of_files(config.path, loaded, image)
     names = read_class_names(shards.root)
     if names and not isinstance(loaded[next(iter(loaded))].features[label], datasets.ClassLabel):
         loaded = loaded.cast_column(label, datasets.ClassLabel(names=names))
     chosen = config.model_copy(update={"image_column": image, "label_column": label})
     source = arrange_columns(loaded, chosen)
-    return Source("parquet", source.splits, source.labels, source.notices)
+    return replace(source, kind="parquet")
 
 
 def _refuse_names_of_files(path: str, loaded: datasets.DatasetDict, image: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +29,23 @@ class PreparedData:
     labels: list[str]
     findings: Findings
     """What the checkup saw; no errors."""
+    origins: dict[str, str]
+    """Where each split comes from: `source`, `carved` or `splits file`, as `describe_origins` has it."""
+    revision: str | None = None
+    """The commit of a Hub dataset."""
 
     def describe(self, path: str) -> dict[str, Any]:
         """Counts and fingerprints, for the provenance."""
         return {
             "path": path,
             "source": self.kind,
+            **({"revision": self.revision} if self.revision else {}),
             "splits": {
-                name: {"num_images": len(split), "fingerprint": fingerprint(split)}
+                name: {
+                    "num_images": len(split),
+                    "fingerprint": fingerprint(split),
+                    "origin": self.origins[name],
+                }
                 for name, split in self.splits.items()
             },
         }
@@ -60,7 +70,38 @@ def prepare_splits(config: DataConfig, checkup: Checkup | None = None) -> Prepar
     # What carving has to say belongs to the same document.
     later = describe_listing(notice for notice in checkup.source.notices if notice not in said)
     document = document.model_copy(update={"findings": [*document.findings, *later]})
-    return PreparedData(checkup.source.kind, splits, checkup.source.labels, document)
+    origins = (
+        dict.fromkeys(splits, "splits file")
+        if config.splits is not None
+        else describe_origins(splits, [name for name in splits if name not in checkup.source.splits])
+    )
+    source = checkup.source
+    return PreparedData(source.kind, splits, source.labels, document, origins, source.revision)
+
+
+def describe_origins(splits: Iterable[str], carved: Collection[str]) -> dict[str, str]:
+    """Where each split comes from: the data's own (`source`), or made of its training images (`carved`).
+
+    Training images that others were carved out of are no longer the data's own split.
+
+    Args:
+        splits: names of all.
+        carved: of those that the data does not have.
+    """
+    return {name: "carved" if name in carved or (name == "train" and carved) else "source" for name in splits}
+
+
+def pinned(config: DataConfig, provenance: Mapping[str, Any] | None) -> DataConfig:
+    """The data of a run at the commit that it read, whatever the Hub's branch holds today.
+
+    Args:
+        config: the run's.
+        provenance: the run's; None where it has none yet.
+    """
+    data = (provenance or {}).get("data") or {}
+    if data.get("revision") and data.get("path") == config.path:
+        return config.model_copy(update={"revision": data["revision"]})
+    return config
 
 
 def fingerprint(split: datasets.Dataset) -> str:

@@ -22,7 +22,7 @@ from vit_finetune.data.sources.columns import Source, build_dataset, common_labe
 from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.sources.shards import class_id, label_ids, number_labels
 from vit_finetune.data.splits.leaks import drop_leaks
-from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
+from vit_finetune.data.splits.prepared import PreparedData, describe_origins, prepare_splits
 from vit_finetune.data.streaming.streams import READ_ROWS, Carving, Origin, Row, Stream, open_source
 from vit_finetune.data.streaming.survey import Survey, take_survey
 from vit_finetune.recipe import DataConfig
@@ -135,7 +135,10 @@ class PreparedStream(PreparedData):
         """Counts, fingerprints (of train, the shards') and what was left out, for the provenance."""
         facts = super().describe(path)
         counted = {} if self.train.num_images is None else {"num_images": self.train.num_images}
-        train = counted | {"fingerprint": f"shards:sha256:{self.train.fingerprint}"}
+        train = counted | {
+            "fingerprint": f"shards:sha256:{self.train.fingerprint}",
+            "origin": self.origins["train"],
+        }
         return facts | {"streaming": True, "splits": {"train": train} | facts["splits"]}
 
 
@@ -188,7 +191,10 @@ def prepare_stream(config: DataConfig) -> PreparedStream:
     splits = datasets.DatasetDict(
         {split: checked.source.splits[split] for split in ("validation", "test") if split in held}
     )
-    return PreparedStream(origin.kind, splits, labels, checked.document(config), train=train)
+    origins = describe_origins(["train", *splits], carving.shares)
+    return PreparedStream(
+        origin.kind, splits, labels, checked.document(config), origins, origin.revision, train=train
+    )
 
 
 def _check_held(source: Source, config: DataConfig) -> Checkup:

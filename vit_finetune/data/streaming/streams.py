@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import datasets
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from vit_finetune.data.checkup.readings import hash_text
 from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES
-from vit_finetune.data.sources.hub import is_hub_id, typed_column
+from vit_finetune.data.sources.hub import FILE_NAME, is_hub_id, load_from_hub, typed_column
 from vit_finetune.data.sources.shards import (
     Shards,
     count_labels,
@@ -51,7 +49,7 @@ class Stream:
     """The rows of one split of a source, shard by shard, as `datasets` reads them."""
 
     rows: datasets.IterableDataset
-    """Columns id where the source has one, and the next two."""
+    """Columns id or file_name where the source has one, and the next two."""
     image: str
     label: str
     feature: Any
@@ -66,7 +64,8 @@ class Stream:
         # Taken one by one, `datasets` hands them out at half the speed.
         for some in (self.rows if shards is None else shards).iter(READ_ROWS):
             images, labels = some[self.image], some[self.label]
-            for name, image, label in zip(some.get("id", [None] * len(images)), images, labels):
+            names = some.get("id", some.get(FILE_NAME, [None] * len(images)))
+            for name, image, label in zip(names, images, labels):
                 path = image["path"] if isinstance(image, dict) else None
                 encoded = image["bytes"] if isinstance(image, dict) else image
                 if encoded is None:
@@ -123,6 +122,8 @@ class Origin:
     label_counts: dict[str, list[Counter[str]]] = field(default_factory=dict)
     """Of each shard of each split, where labels can be read without the images."""
     notices: list[str] = field(default_factory=list)
+    revision: str | None = None
+    """The Hub's commit."""
 
 
 def open_source(config: DataConfig) -> Origin:
@@ -176,17 +177,8 @@ def _open_shards(shards: Shards, config: DataConfig) -> Origin:
 
 
 def _open_hub(config: DataConfig) -> Origin:
-    try:
-        loaded = datasets.load_dataset(
-            config.path, name=config.subset, revision=config.revision, streaming=True
-        )
-        commit = HfApi().dataset_info(config.path, revision=config.revision).sha or ""
-    except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        raise RunError(
-            f"{config.path}: could not be opened on the Hub ({type(error).__name__}: {error}). It is no "
-            f"folder or file on this machine either; set data.path=…"
-        ) from error
-    return arrange_streams(loaded, commit, config)
+    loaded, commit = load_from_hub(config, streaming=True)
+    return arrange_streams(loaded, commit or "", config)
 
 
 def arrange_streams(loaded: datasets.IterableDatasetDict, commit: str, config: DataConfig) -> Origin:
@@ -219,20 +211,22 @@ def arrange_streams(loaded: datasets.IterableDatasetDict, commit: str, config: D
     image = typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
     label = typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
     streams = {
-        split: Stream(
-            rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
-            if isinstance(rows.features[image], datasets.Image)
-            else rows.select_columns([image, label]),
-            image,
-            label,
-            features[label],
-        )
+        split: Stream(_needed_columns(rows, image, label), image, label, features[label])
         for split, rows in splits.items()
         if label in rows.features
     }
     known = (first.info.splits or {}).get(first.split) if first.info.splits else None
     names = list(features[label].names) if isinstance(features[label], datasets.ClassLabel) else None
     place = f"{config.path}|{config.subset}|{commit}"
-    return Origin(
-        "hub", streams, names, place, place, (known.num_examples or None) if known else None, {}, notices
-    )
+    num_images = (known.num_examples or None) if known else None
+    return Origin("hub", streams, names, place, place, num_images, {}, notices, commit or None)
+
+
+def _needed_columns(rows: datasets.IterableDataset, image: str, label: str) -> datasets.IterableDataset:
+    """Image, undecoded, label and, for messages, the name of the file where the rows have it."""
+    named = rows.features.get(FILE_NAME) == datasets.Value("string")
+    columns = dict.fromkeys([image, label, *([FILE_NAME] if named else [])])
+    rows = rows.select_columns(list(columns))
+    if isinstance(rows.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    return rows
