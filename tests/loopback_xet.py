@@ -67,11 +67,14 @@ def _chunks(block: Path, start: int, end: int) -> Iterator[bytes]:
                 continue
             if scheme:
                 content = pyarrow.decompress(content, size, codec="lz4", asbytes=True)
-            if scheme == 2:  # the first bytes of all groups of four, then the second ones and so on
-                grouped, content = content, bytearray(size)
-                at = 0
-                for byte in range(4):
-                    length = len(content[byte::4])
-                    content[byte::4] = grouped[at : at + length]
-                    at += length
-            yield bytes(content)
+            yield _together(content) if scheme == 2 else content
+
+
+def _together(grouped: bytes) -> bytes:
+    """Bytes that were put apart for packing: the first ones of all groups of four, then the second ones and so on."""
+    content, at = bytearray(len(grouped)), 0
+    for place in range(4):
+        length = len(content[place::4])
+        content[place::4] = grouped[at : at + length]
+        at += length
+    return bytes(content)
