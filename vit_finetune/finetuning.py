@@ -127,6 +127,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         world.wait()
         reports = _score(run, recipe, data.splits, model.device, world.is_main)
         if world.is_main:
+            write_json(run.provenance, provenance | {"scored": run.sum_scored()})
             write_card(run)
             write_report(run)  # last: a run with a report is finished
             _show_reports(reports, run)

@@ -64,13 +64,16 @@ def web_address(repo_id: str, kind: Kind = "model", commit: str | None = None) -
     return f"{constants.ENDPOINT}/{folder}{repo_id}" + (f"/tree/{commit}" if commit else "")
 
 
-def download_model(repo_id: str, revision: str | None = None, cache: Path | None = None) -> Path:
+def download_model(
+    repo_id: str, revision: str | None = None, cache: Path | None = None, files: list[str] = MODEL_FILES
+) -> Path:
     """The folder of a model's files in the cache, named after its commit.
 
     Args:
         repo_id: `owner/name`.
         revision: branch, tag or commit; the default branch if None.
         cache: where to; the Hub's own cache if None.
+        files: their paths, or patterns.
 
     Raises:
         RunError: it is not to be had.

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vit_finetune.files import sha256_of
+
 
 class RunError(RuntimeError):
     """The work cannot go on; its text is the whole message: found, expected, what to write instead."""
@@ -321,6 +323,21 @@ class Run:
             finally:
                 with suppress(OSError):  # such as a disk that has become read-only, of which the block told
                     lock.unlink()
+
+    def sum_scored(self) -> dict[str, str]:
+        """SHA-256 in hex of every file that was scored or that says how it went, by its path in the run.
+
+        That is `model/` but for the card, `reports/` and `predictions/`.
+        """
+        files = [
+            path for name in ("model", "reports", "predictions") for path in (self.path / name).rglob("*")
+        ]
+        card = self.model / "README.md"
+        return {
+            path.relative_to(self.path).as_posix(): sha256_of(path)
+            for path in sorted(files)
+            if path.is_file() and path != card
+        }
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process was writing: `written_whole`'s and `folder_written_whole`'s."""

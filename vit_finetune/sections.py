@@ -192,13 +192,37 @@ class EvaluationConfig(Section):
 
 
 class HubConfig(Section):
-    """Section `hub:`: what the model card says about the published model."""
+    """Section `hub:`: where the model is published, and what its card says beside the numbers."""
 
+    push: bool = False
+    """Publish the model once it is scored; whether that is permitted is asked before training."""
     model_id: str | None = None
     """`owner/name` of the model on the Hub."""
+    private: bool | None = None
+    """Whether a new repository is seen by its owners only; the owner's own default if unset."""
     license: str | None = None
     """Licence identifier of the published weights, such as `apache-2.0`."""
     tags: list[str] = []
+    """Words that the model is found by, beside those that every card has."""
+    revision: str | None = None
+    """Branch to push to, made where it is not there; `main` if unset."""
+    tag: str | None = None
+    """Git tag for this run's commit, so that it can be loaded when others came after it."""
+    create_pr: bool = False
+    """Open a pull request instead of pushing, or renew the one that is open."""
+    verify: Literal["sample", "full", "files"] = "sample"
+    """After the push everything is downloaded again and compared; how many test images are then scored anew:
+    64, all, or none."""
+
+    @model_validator(mode="after")
+    def _says_where(self) -> HubConfig:
+        if self.push and self.model_id is None:
+            raise ValueError("push needs to know where to: write model_id (owner/name)")
+        if self.create_pr and self.tag is not None:
+            raise ValueError("a pull request may never be merged: leave out tag, or create_pr")
+        if self.create_pr and self.revision is not None:
+            raise ValueError("a pull request goes to main: leave out revision, or create_pr")
+        return self
 
 
 class TrainingConfig(Section):

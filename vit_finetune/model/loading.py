@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging
 
+from vit_finetune.hub_repos import download_model, parse_hub_id, quiet_client
 from vit_finetune.model.processing import (
     build_processor,
     compact_size,
@@ -59,20 +60,18 @@ def load_model(
         model = _class_of(model_config)._from_config(model_config, attn_implementation=attn_implementation)
         return model, build_processor(config, side_lengths(model_config.image_size), None)
     assert config.path is not None
-    path = _expanded(config.path)
+    path = _at_hand(config.path, config.revision)
     with quiet_transformers():
-        pretrained = _read_config(path, config.revision)
+        pretrained = _read_config(path)
         _check_weights(path)
         target = copy.deepcopy(pretrained)
         _set_labels(target, labels)
         own_head = dict(pretrained.id2label) == dict(target.id2label)
-        model, info = _from_pretrained(
-            _class_of(pretrained), path, config.revision, target, attn_implementation
-        )
+        model, info = _from_pretrained(_class_of(pretrained), path, target, attn_implementation)
         _check_fit(path, model, info, head_may_be_new=not own_head)
         if not own_head:
             _renew_head(model)
-        processor = read_processor(path, config.revision)
+        processor = read_processor(path)
     old_size = side_lengths(getattr(pretrained, "image_size", None) or processor_size(processor))
     new_size = side_lengths(config.image_size) if config.image_size else old_size
     check_divides(pretrained, new_size)
@@ -81,24 +80,23 @@ def load_model(
     return model, build_processor(config, new_size, processor)
 
 
-def load_checkpoint(path: str, revision: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def load_checkpoint(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A fine-tuned model as it was saved, in float32 and evaluation mode, and its image processor.
 
     Args:
-        path: a model folder or a Hub id.
-        revision: branch, tag or commit on the Hub.
+        path: a model folder or a Hub id; `owner/name@revision` names a branch, tag or commit.
 
     Raises:
-        RunError: not a model folder, no safetensors weights, or weights that are not exactly the
-            model's.
+        RunError: not a model folder, not to be had from the Hub, no safetensors weights, or weights that are
+            not exactly the model's.
     """
-    path = _expanded(path)
+    path = _at_hand(path)
     with quiet_transformers():
-        config = _read_config(path, revision)
+        config = _read_config(path)
         _check_weights(path)
-        model, info = _from_pretrained(_class_of(config), path, revision, config, None)
+        model, info = _from_pretrained(_class_of(config), path, config, None)
         _check_fit(path, model, info, head_may_be_new=False)
-        return model.eval(), read_processor(path, revision)
+        return model.eval(), read_processor(path)
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -112,7 +110,7 @@ def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """
     with quiet_transformers():
         _check_weights(str(checkpoint))
-        saved, info = _from_pretrained(type(model), str(checkpoint), None, copy.deepcopy(model.config), None)
+        saved, info = _from_pretrained(type(model), str(checkpoint), copy.deepcopy(model.config), None)
         _check_fit(str(checkpoint), saved, info, head_may_be_new=False)
     # Not load_state_dict: where the weights are divided over the processes (FSDP), each takes its part.
     options = StateDictOptions(full_state_dict=True, strict=True)
@@ -185,28 +183,41 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 # --------------------------------------------------------------------------- pretrained
 
 
-def _read_config(path: str, revision: str | None) -> PreTrainedConfig:
+def _at_hand(path: str, revision: str | None = None) -> str:
+    """A model folder on this machine: the one that is named, or the Hub's in the cache.
+
+    Raises:
+        RunError: there is no such folder, and no such model on the Hub.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    named = parse_hub_id(path)
+    if named is None:
+        raise RunError(f"{path}: no such model folder. Expected one, or a Hub id (owner/name[@revision])")
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if Path(path).expanduser().is_dir():
-            raise RunError(f"{path}: not a model folder that transformers can read: {error}") from error
+        with quiet_client():
+            folder = download_model(named[0], revision or named[1])
+    except RunError as error:
+        raise RunError(f"{error}. No folder of that name is on this machine either") from error
+    if not any(folder.glob("model*.safetensors")):
         raise RunError(
-            f"{path}: no such model folder, and not to be had from the Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})"
-        ) from error
+            f"{path}: there are no safetensors weights in this repository. Weights in pickles can run code "
+            f"when they are loaded, and are not downloaded"
+        )
+    return str(folder)
 
 
-def _expanded(path: str) -> str:
-    """A path with `~` resolved; a Hub id as it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+def _read_config(path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{path}: not a model folder that transformers can read: {error}") from error
 
 
 def _check_weights(path: str) -> None:
     """Refuses folders without weights, and weights in pickles, which can run code when they are loaded."""
     folder = Path(path)
-    if not folder.is_dir():
-        return  # the Hub's files are looked up by from_pretrained, which is told to use safetensors
     if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         return
     pickles = sorted(
@@ -221,13 +232,12 @@ def _check_weights(path: str) -> None:
 
 
 def _from_pretrained(
-    cls: type[PreTrainedModel], path: str, revision: str | None, config: PreTrainedConfig, attn: str | None
+    cls: type[PreTrainedModel], path: str, config: PreTrainedConfig, attn: str | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         model, info = cls.from_pretrained(
             path,
             config=config,
-            revision=revision,
             use_safetensors=True,
             dtype=torch.float32,
             attn_implementation=attn,
@@ -312,6 +322,7 @@ def _at_size(model: PreTrainedModel, old: tuple[int, int], new: tuple[int, int])
                 state[name], (old[0] // ph, old[1] // pw), (new[0] // ph, new[1] // pw)
             )
     resized = type(model)._from_config(config, attn_implementation=model.config._attn_implementation)
+    resized.name_or_path = model.name_or_path
     try:
         resized.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -366,7 +377,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Architecture, parameters, image size in pixels, and tokens per image where there are patches."""
+    """Architecture, parameters, image size in pixels; where there are patches, tokens per image.
+
+    Of a model from the Hub also `revision`, the commit that it was loaded from.
+    """
     size = side_lengths(model.config.image_size) if getattr(model.config, "image_size", None) else None
     facts: dict[str, Any] = {
         "architecture": type(model).__name__,
@@ -382,4 +396,8 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     elif patch is not None and size:
         ph, pw = side_lengths(patch)
         facts["tokens"] = (size[0] // ph) * (size[1] // pw)
+    if commit := re.search(
+        r"[/\\]snapshots[/\\]([0-9a-f]{40})$", model.name_or_path
+    ):  # as the cache names it
+        facts["revision"] = commit[1]
     return facts

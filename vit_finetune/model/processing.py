@@ -25,14 +25,14 @@ def compact_size(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
-def read_processor(path: str, revision: str | None) -> BaseImageProcessor:
+def read_processor(path: str) -> BaseImageProcessor:
     """The image processor saved with a checkpoint.
 
     Raises:
         RunError: there is none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path}: there is no usable preprocessor_config.json, so nobody knows how the model wants its "

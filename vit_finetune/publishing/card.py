@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from vit_finetune.files import write_text
+from vit_finetune.hub_repos import parse_hub_id
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
     Record,
@@ -35,7 +43,8 @@ from vit_finetune.publishing.redaction import (
     values_without_paths,
     without_paths,
 )
-from vit_finetune.run import TOLD, Finding, Report, Run
+from vit_finetune.recipe import HubConfig
+from vit_finetune.run import TOLD, Finding, Report, Run, RunError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_NAMED = 5
@@ -53,9 +62,48 @@ def write_card(run: Run) -> Path:
     return path
 
 
-def build_card(run: Run) -> str:
-    """The card as Markdown under YAML front matter. No path of this machine, user or host is in it."""
+def publishable_card(run: Run, hub: HubConfig, edited: Sequence[str] = ()) -> str:
+    """The card for a repository: as `build_card`; where somebody wrote into the run's, with their text.
+
+    Their keys of the front matter stay too, but for those that say what was measured and where it is.
+
+    Args:
+        run: a finished run.
+        hub: where it goes.
+        edited: files that are no longer what was scored.
+
+    Raises:
+        RunError: the front matter of the run's own card is no YAML.
+    """
+    card, own = build_card(run, hub, edited), run.model / "README.md"
+    text = own.read_text(encoding="utf-8") if own.is_file() else ""
+    if not text or text == build_card(run):
+        return card
+    try:
+        theirs, ours = ModelCard(text, ignore_metadata_errors=False), ModelCard(card)
+    except (ValueError, yaml.YAMLError) as error:
+        raise RunError(
+            f"{own}: its front matter cannot be read: {error}. Mend it, or remove the file"
+        ) from None
+    old, new = (yaml.safe_load(str(data)) or {} for data in (theirs.data, ours.data))
+    tags = [*(old.get("tags") or []), *(new.get("tags") or [])]
+    front = old | new | {"tags": list(dict.fromkeys(tags))}
+    said = f"\n{_edited_warning(edited)}\n" if edited else ""
+    lines = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{lines}---\n{said}{theirs.text}"
+
+
+def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = ()) -> str:
+    """The card as Markdown under YAML front matter. No path of this machine, user or host is in it.
+
+    Args:
+        run: a finished run.
+        hub: where it is published, and what the card says beside the numbers; as the run's recipe if None.
+        edited: files of the model that are no longer what was scored, which the card then says.
+    """
     record = load_record(run)
+    if hub is not None:
+        record = replace(record, recipe=record.recipe | {"hub": hub.model_dump()})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=False,  # `finalize` escapes whatever is not Markdown on purpose
@@ -89,13 +137,23 @@ def build_card(run: Run) -> str:
         limits=_limits(report) if report else [],
         base_model=values_without_paths(record.model.get("base_model")),
         data_name=_dataset_name(record),
+        dataset=_dataset_id(record),
         scores=score_rows(record),
         facts=_facts(record),
         usage=fenced(_usage(record), "python"),
         recipe=fenced(own, "yaml") if record.own_recipe else None,
         command=fenced(without_paths(str(record.provenance.get("command") or "")), "bash"),
         findings=_warnings(record),
+        edited=_edited_warning(edited),
     )
+
+
+def _edited_warning(edited: Sequence[str]) -> Markdown:
+    """What readers must know where the files are not those that were scored; nothing where they are."""
+    if not edited:
+        return Markdown("")
+    names = ", ".join(escape_markdown(name) for name in edited)
+    return Markdown(f"**Changed after scoring: {names}.** The scores are of the files as they were before.")
 
 
 def _warnings(record: Record) -> list[Finding]:
@@ -115,9 +173,11 @@ def _model_name(record: Record) -> str:
 
 def _usage(record: Record) -> str:
     model_id = record.setting("hub", "model_id") or "path/to/this/folder"
+    revision = record.setting("hub", "revision")
+    pinned = f', revision="{revision}"' if model_id and revision else ""
     return (
         "from transformers import pipeline\n\n"
-        f'classifier = pipeline("image-classification", model="{model_id}")\n'
+        f'classifier = pipeline("image-classification", model="{model_id}"{pinned})\n'
         'print(classifier("photo.jpg"))'
     )
 
@@ -149,9 +209,8 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 def hub_id(value: Any) -> str | None:
     """The value if it is the id of a Hub repository, `owner/name`, and no folder of that name is here."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value):
-        return None
-    return None if Path(value).exists() else value
+    named = parse_hub_id(value) if isinstance(value, str) else None
+    return named[0] if named else None
 
 
 def _metadata(record: Record) -> ModelCardData:
@@ -173,6 +232,12 @@ def _metadata(record: Record) -> ModelCardData:
 
 def _dataset_id(record: Record) -> str | None:
     return hub_id(record.setting("data", "path")) if record.data.get("source") in (None, "hub") else None
+
+
+def _dataset_revision(record: Record) -> str | None:
+    """The commit of the Hub dataset, or else what the recipe asked for."""
+    revision = record.data.get("revision") or record.setting("data", "revision")
+    return str(revision) if revision else None
 
 
 def _dataset_name(record: Record) -> str:
@@ -207,7 +272,7 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
             dataset_type=dataset or one_line(str(kind_of_data)),
             dataset_name=_dataset_name(record),
             dataset_config=record.setting("data", "subset") if dataset else None,
-            dataset_revision=record.setting("data", "revision") if dataset else None,
+            dataset_revision=_dataset_revision(record) if dataset else None,
             dataset_split=report.split,
             metric_type=kind,
             metric_name=name,
@@ -216,6 +281,30 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
         )
         for kind, name, value, arguments in scores
     ]
+
+
+def build_eval_entries(run: Run) -> dict[str, str]:
+    """The Hub's `.eval_results/*.yaml`, by path: the test accuracy, for the leaderboard of the dataset.
+
+    Only where the data is a Hub dataset with a test split of its own: another one is nobody's benchmark.
+    Value in [0, 1]; form: https://huggingface.co/docs/hub/eval-results.
+    """
+    record = load_record(run)
+    dataset, test = _dataset_id(record), record.test
+    splits = record.data.get("splits") or {}
+    if dataset is None or test is None or (splits.get("test") or {}).get("origin") != "source":
+        return {}
+    low, high = test.accuracy_interval
+    entry = EvalResultEntry(
+        dataset_id=dataset,
+        task_id=record.setting("data", "subset") or "default",
+        value=test.accuracy,
+        dataset_revision=_dataset_revision(record),
+        date=str(record.provenance.get("created") or "")[:10] or None,
+        notes=f"Accuracy on the test split, {test.num_images} images, 95% interval {low:.4f} to {high:.4f}",
+    )
+    name = f".eval_results/{dataset.replace('/', '--')}.yaml"
+    return {name: yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)}
 
 
 # --------------------------------------------------------------------------- limits

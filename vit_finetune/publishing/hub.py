@@ -170,9 +170,10 @@ def _check_is_ours(repo_id: str, kind: Kind, info: Any) -> None:
     others = [name for name in files if name not in (".gitattributes", "README.md", "LICENSE")]
     if others and OURS not in (info.tags or []):
         what = getattr(info, "pipeline_tag", None) or kind
+        listed = f"{what}, {len(files)} files ({', '.join(others[:3])} …)"
         raise RunError(
-            f"{repo_id} holds something else already: {what}, {len(files)} files "
-            f"({', '.join(others[:3])} …), and no card with the tag {OURS}. Name another repository, or open a pull request with create_pr"
+            f"{repo_id} holds something else already: {listed}, and no card with the tag {OURS}. Name "
+            f"another repository, or open a pull request with create_pr"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_finetune.console import warn
-from vit_finetune.files import sync
+from vit_finetune.files import sha256_of, sync
 
 CHECKSUMS = "checksums.json"
 """In every checkpoint: bytes and SHA-256 of each of its files, by name."""
@@ -43,8 +42,7 @@ def finish_checkpoint(checkpoint: Path) -> None:
     written = aside(checkpoint)
     sums = {}
     for file in sorted(path for path in written.rglob("*") if path.is_file()):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = sha256_of(file)
         sync(file)
         sums[file.relative_to(written).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
     (written / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -116,8 +114,7 @@ def find_damage(checkpoint: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes, {size:,} were written"
         try:
-            with file.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            found = sha256_of(file)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if found != digest:

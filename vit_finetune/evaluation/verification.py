@@ -1,0 +1,98 @@
+"""A published model, as strangers load it, against what its report says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+from PIL import Image
+from transformers import pipeline
+
+from vit_finetune.console import progress
+from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.transforms import ImageFiles
+from vit_finetune.evaluation.scoring import best_device, compute_label_metrics
+from vit_finetune.run import Report, Run, RunError
+
+SAMPLE = 64
+"""Test images that are scored anew unless all are asked for."""
+TOLERANCE = 1e-3
+"""Largest difference of a probability that passes: other kernels of another machine stay far below it."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How a model that was downloaded compares with what was scored."""
+
+    num_images: int
+    """That were scored anew."""
+    largest_difference: float
+    """Of a probability."""
+
+
+def verify_scores(model: Path, split: datasets.Dataset, run: Run, whole: bool) -> Verified:
+    """How `pipeline` scores test images with a downloaded model, which agrees with the run's predictions.
+
+    Args:
+        model: the folder it was downloaded to.
+        split: the run's test images: columns id, image and label.
+        run: with a report and predictions of the test split.
+        whole: whether all images are scored, and not a sample of 64.
+
+    Raises:
+        RunError: it does not agree, or the predictions are not those that the report is of.
+    """
+    table = pyarrow.parquet.read_table(run.predictions("test"))
+    report = Report.load(run.report("test"))
+    scored = dict(zip(table["id"].to_pylist(), np.stack(table["probabilities"].to_numpy())))
+    _check_predictions(table, report)
+    ids = column_values(split, "id")
+    if len(ids) != len(scored) or any(identity not in scored for identity in ids):
+        raise RunError(f"{run.path}: the test images are not those of its predictions")
+    rows = (
+        range(len(ids)) if whole else np.linspace(0, len(ids) - 1, min(SAMPLE, len(ids))).astype(int).tolist()
+    )
+    found = _classify(model, split, rows, report.labels)  # (images, classes)
+    expected = np.stack([scored[ids[row]] for row in rows])
+    differences = np.abs(found - expected).max(axis=1)
+    worst = int(differences.argmax())
+    if not differences[worst] <= TOLERANCE:  # NaN too
+        raise RunError(
+            f"what was downloaded does not score as reported: {int((~(differences <= TOLERANCE)).sum())} of "
+            f"{len(rows)} test images get other probabilities, {ids[rows[worst]]} one that is off by "
+            f"{differences[worst]:.3f}"
+        )
+    return Verified(len(rows), float(differences[worst]))
+
+
+def _check_predictions(table: pyarrow.Table, report: Report) -> None:
+    """Raises RunError unless the report's scores are those of the predictions."""
+    number = {label: row for row, label in enumerate(report.labels)}
+    predicted, labels = (
+        np.asarray([number[name] for name in table[column].to_pylist()]) for column in ("predicted", "label")
+    )
+    again = compute_label_metrics(predicted, labels)
+    if not np.isclose(again["accuracy"], report.accuracy) or not np.isclose(
+        again["macro_f1"], report.macro_f1
+    ):
+        raise RunError(
+            f"the report's accuracy is {report.accuracy:.4f}, that of the predictions beside it "
+            f"{again['accuracy']:.4f}: they are not of the same model"
+        )
+
+
+def _classify(model: Path, split: datasets.Dataset, rows: list[int] | range, labels: list[str]) -> np.ndarray:
+    """Probabilities `(images, classes)` by the stock pipeline, in the order of the labels."""
+    classify = pipeline("image-classification", model=str(model), device=best_device())
+    files, number = ImageFiles(split), {label: place for place, label in enumerate(labels)}
+    found = np.full((len(rows), len(labels)), np.nan)
+    with progress("scoring what was downloaded", len(rows), "images") as advance:
+        for place, row in enumerate(rows):
+            image = Image.fromarray(files[row].permute(1, 2, 0).numpy())
+            for answer in classify(image, top_k=len(labels)):
+                found[place, number[answer["label"]]] = answer["score"]
+            advance()
+    return found
