@@ -24,6 +24,7 @@ from vit_finetune.run import Run
 
 if TYPE_CHECKING:
     from harmed_runs import Place
+    from loopback_hub import LoopbackHub
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 50), "yellow": (220, 210, 40)}
 """Classes that a model of any size learns in a few steps, by the mean colour of their images."""
@@ -66,6 +67,15 @@ def whole_of_two(place: Place) -> Run:
     run = Run(place.folder / "whole-of-two")
     assert [child.wait() for child in place.train(run, processes=2)] == [0, 0]
     return run
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    """A Hub on this machine; a test fails where it asks it what it does not know."""
+    from loopback_hub import loopback_hub
+
+    with loopback_hub() as hub:
+        yield hub
 
 
 @pytest.fixture

@@ -147,6 +147,32 @@ def predict(
     _guarded(work, debug)
 
 
+@app.command("upload-data")
+def upload_data(
+    data: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder of images, an archive, a table or shards.")
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="owner/name of the dataset on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Only its owners see it.")] = False,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="The images' licence, such as cc-by-4.0.")
+    ] = None,
+    with_gps: Annotated[
+        bool, typer.Option("--with-gps", help="Publish also images that tell where they were taken.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and card; publish nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Publish images as a dataset of the Hub."""
+
+    def work() -> None:
+        from vit_finetune.publishing.dataset import upload_data
+
+        upload_data(data, repo_id, private, license, with_gps, dry_run)
+
+    _guarded(work, debug)
+
+
 @app.command()
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],

@@ -1,0 +1,45 @@
+"""What a loopback Hub reads in a README.md."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+from loopback_objects import HubError
+
+
+def check_card(content: str) -> dict[str, Any]:
+    """The metadata at the head of a README.md; empty where there is none.
+
+    Raises:
+        HubError: there is some, and it is no YAML mapping.
+    """
+    head = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", content, re.DOTALL)
+    if not head:
+        return {}
+    try:
+        found = yaml.safe_load(head[1])
+    except yaml.YAMLError as error:
+        raise HubError(400, f"Invalid metadata in README.md: {error}") from error
+    if not isinstance(found, dict | None):
+        raise HubError(400, "Invalid metadata in README.md: it is no mapping")
+    return found or {}
+
+
+def card_tags(card: dict[str, Any]) -> list[str]:
+    """What the Hub makes of a card for people to search by."""
+
+    def several(key: str) -> list[str]:
+        value = card.get(key) or []
+        return [str(one) for one in (value if isinstance(value, list) else [value])]
+
+    tags = [*several("library_name"), *several("tags"), *several("pipeline_tag")]
+    tags += ["model-index"] if "model-index" in card else []
+    tags += [f"task_categories:{name}" for name in several("task_categories")]
+    tags += [f"dataset:{name}" for name in several("datasets")]
+    for name in several("base_model"):
+        relation = card.get("base_model_relation", "finetune")
+        tags += [f"base_model:{name}", f"base_model:{relation}:{name}"]
+    tags += [f"license:{name}" for name in several("license")]
+    return list(dict.fromkeys(tags))
