@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from vit_finetune.evaluation.scoring import evaluate
     from vit_finetune.finetuning import finetune
     from vit_finetune.model.loading import load_model
+    from vit_finetune.publishing.dataset import upload_data
+    from vit_finetune.pushing import push_to_hub
     from vit_finetune.recipe import Recipe, load_recipe
     from vit_finetune.run import Report, Run
     from vit_finetune.training.arguments import ViTTrainingArguments
@@ -24,7 +26,9 @@ _HOMES = {
     "finetune": "finetuning",
     "evaluate": "evaluation.scoring",
     "predict": "evaluation.prediction",
+    "push_to_hub": "pushing",
     "load_splits": "data.splits.carving",
+    "upload_data": "publishing.dataset",
     "load_model": "model.loading",
     "ViTTrainer": "training.trainer",
     "ViTTrainingArguments": "training.arguments",
@@ -42,6 +46,8 @@ __all__ = [
     "load_recipe",
     "load_splits",
     "predict",
+    "push_to_hub",
+    "upload_data",
 ]
 
 
