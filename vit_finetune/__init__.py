@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vit_finetune.finetuning import finetune
     from vit_finetune.model.loading import load_model
     from vit_finetune.publishing.dataset import upload_data
+    from vit_finetune.pushing import push_to_hub
     from vit_finetune.recipe import Recipe, load_recipe
     from vit_finetune.run import Report, Run
     from vit_finetune.training.arguments import ViTTrainingArguments
@@ -25,6 +26,7 @@ _HOMES = {
     "finetune": "finetuning",
     "evaluate": "evaluation.scoring",
     "predict": "evaluation.prediction",
+    "push_to_hub": "pushing",
     "load_splits": "data.splits.carving",
     "upload_data": "publishing.dataset",
     "load_model": "model.loading",
@@ -44,6 +46,7 @@ __all__ = [
     "load_recipe",
     "load_splits",
     "predict",
+    "push_to_hub",
     "upload_data",
 ]
 

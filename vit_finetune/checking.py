@@ -16,6 +16,7 @@ from vit_finetune.data.transforms import TrainingIndex, check_image_processor, c
 from vit_finetune.model.loading import load_model
 from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
 from vit_finetune.publishing.checkup_page import shown_images, write_checkup
+from vit_finetune.pushing import check_destination
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
 from vit_finetune.training.images import first_images
@@ -36,6 +37,8 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     folder = Path(output or f"{recipe.output_dir}-checkup").expanduser()
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with quiet_libraries(), form_world(recipe) as world:
+        if recipe.hub.push and world.is_main:
+            check_destination(recipe.hub)
         if recipe.data.streaming:
             with world.one_per_machine_first():
                 data: PreparedData = prepare_stream(recipe.data)

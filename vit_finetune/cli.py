@@ -21,7 +21,7 @@ from vit_finetune import __version__
 from vit_finetune.console import answer, fail, say, show_table
 from vit_finetune.files import is_disk_full
 from vit_finetune.recipe import Recipe, RecipeError, bundled_recipes, load_recipe
-from vit_finetune.run import STOPPING, Interrupted, RunError
+from vit_finetune.run import STOPPING, Interrupted, Run, RunError
 
 app = typer.Typer(
     help="One recipe file takes a folder of images to an evaluated, documented Vision Transformer.",
@@ -38,7 +38,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="Recipe keys to set, such as data.path=photos/."),
 ]
-Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a Hub id.")]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="RUN|MODEL", help="A run or model folder, or a Hub id: owner/name[@revision]."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -80,8 +83,6 @@ def train(
     loaded = _load(recipe, overrides)
 
     def work() -> None:
-        from vit_finetune.run import Run
-
         _listen()
         Run(loaded.output_dir).check_free(resume)  # at once, before the seconds that the imports take
         from vit_finetune.finetuning import finetune
@@ -168,6 +169,43 @@ def upload_data(
         from vit_finetune.publishing.dataset import upload_data
 
         upload_data(data, repo_id, private, license, with_gps, dry_run)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    repo: Annotated[str | None, typer.Option(metavar="ID", help="Where to: owner/name.")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Who may see a new one.")] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="Such as apache-2.0.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to push to.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Git tag for this run's commit.")] = None,
+    create_pr: Annotated[
+        bool | None, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Test images to score again after the download: sample, full or files (none)."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Publish files that were edited after scoring; the card says so.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and card; send nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a run's model on the Hub; options left out are the recipe's `hub:`."""
+    said = {"model_id": repo, "private": private, "license": license, "revision": revision, "tag": tag}
+    said |= {"create_pr": create_pr, "verify": verify}
+
+    overrides = [f"hub.{key}={json.dumps(value)}" for key, value in said.items() if value is not None]
+    recipe = Run(run).recipe
+    hub = _load(str(recipe), overrides).hub if recipe.is_file() else None
+
+    def work() -> None:
+        from vit_finetune.pushing import push_to_hub
+
+        push_to_hub(run, hub, force=force, dry_run=dry_run)
 
     _guarded(work, debug)
 

@@ -1,4 +1,4 @@
-"""The story: recipe → data → model → hardware → training → best checkpoint → test → run folder."""
+"""The story: recipe → data → model → hardware → training → best checkpoint → test → run folder → push."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vit_finetune.console import say, show_table, warn, warn_of_findings
 from vit_finetune.data.batches import naming_loader_errors
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.files import save_splits
-from vit_finetune.data.splits.prepared import PreparedData
+from vit_finetune.data.splits.prepared import PreparedData, pinned
 from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import (
     EvaluationImages,
@@ -32,6 +32,7 @@ from vit_finetune.model.loading import load_checkpoint, load_model
 from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
 from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
+from vit_finetune.pushing import check_destination, push_to_hub
 from vit_finetune.recipe import Recipe, load_recipe
 from vit_finetune.run import Interrupted, Report, Run, RunError
 from vit_finetune.training.arguments import build_arguments
@@ -44,7 +45,7 @@ from vit_finetune.training.world import World, check_machines_agree, check_same_
 
 
 def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -> Run:
-    """A recipe, carried out: data → model → training → best checkpoint → test, scored once → run folder.
+    """A recipe, carried out: data → model → training → best checkpoint → test, scored once → run → push.
 
     Args:
         recipe: what to do.
@@ -52,7 +53,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         command: how the user said it, for the provenance.
 
     Raises:
-        RunError: the data, the model or the folder cannot be used.
+        RunError: the data, the model or the folder cannot be used, or pushing is not permitted; or pushing
+            failed, which leaves a finished run.
         Interrupted: a signal (Ctrl-C, SIGTERM, SIGUSR1) stopped it; while training with a checkpoint.
     """
     run = Run(recipe.output_dir)
@@ -60,6 +62,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     before = _same_as_before(recipe, run) if resume else None
     if before and run.report_html.is_file():
         say(f"{run.path} is finished already: {run.report_html}")
+        _push(run, recipe, None)
         return run
     if before:
         check_same_division(os.environ, before["hardware"])
@@ -69,8 +72,14 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         StopOnSignal(world).listening() as stop,
         ExitStack() as held,
     ):
+        if recipe.hub.push and world.is_main:
+            check_destination(recipe.hub)
         with world.one_per_machine_first():
-            data = prepare_data(recipe.data)
+            data = prepare_data(pinned(recipe.data, before))
+        if recipe.hub.push and "test" not in data.splits:
+            raise RunError(
+                "hub.push publishes tested models, and there is no test split: set data.test_fraction"
+            )
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
@@ -133,6 +142,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             _show_reports(reports, run)
             say(provenance["verdict"])
         world.wait()
+    _push(run, recipe, data.splits.get("test"))  # the other processes need not wait for it
     return run
 
 
@@ -278,6 +288,20 @@ def _score(
                 scores.save_predictions(run.predictions(name))
             write_text(run.report(name), reports[name].to_json())
     return reports
+
+
+def _push(run: Run, recipe: Recipe, test_split: datasets.Dataset | None) -> None:
+    """Publishes a finished run where the recipe asks for it.
+
+    Raises:
+        RunError: it could not be; the run is kept.
+    """
+    if not recipe.hub.push or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        push_to_hub(run.path, recipe.hub, test_split=test_split)
+    except RunError as error:
+        raise RunError(f"{error}. The run is kept; push it with: vit-finetune push {run.path}") from error
 
 
 def _show_reports(reports: dict[str, Report], run: Run) -> None:

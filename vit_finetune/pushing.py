@@ -63,7 +63,9 @@ def push_to_hub(
     with quiet_client():
         _check(hub, files)
         if hub.license is None:
-            warn("the card names no license, so nobody knows what they may do with the model: set hub.license")
+            warn(
+                "the card names no license, so nobody knows what they may do with the model: set hub.license"
+            )
         if dry_run:
             _show(files)
             return None
@@ -93,7 +95,8 @@ def _check_run(run: Run, force: bool) -> list[str]:
     if not run.report("test").is_file():
         raise RunError(
             f"{run.path}: there is no test report, and a model that was not tested is not published. "
-            f"Train with images to test on (data.test_fraction, or a folder test/), or let the run end with --resume"
+            f"Train with images to test on (data.test_fraction, or a folder test/), or let the run end with "
+            f"--resume"
         )
     then, now = run.read_provenance().get("scored", {}), run.sum_scored()
     edited = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
@@ -208,5 +211,6 @@ def _verify(run: Run, commit: Commit, files: Files, split: datasets.Dataset | No
             raise RunError(f"{wrong} {error}") from error
     say(
         f"verified: downloaded into an empty cache, `pipeline` scores {verified.num_images:,} of "
-        f"{len(split):,} test images as reported (largest difference of a probability {verified.largest_difference:.0e})"
+        f"{len(split):,} test images as reported (largest difference of a probability "
+        f"{verified.largest_difference:.0e})"
     )

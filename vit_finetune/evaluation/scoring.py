@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,7 +243,7 @@ def evaluate(
     """A fresh report of a finished run or a saved model.
 
     Args:
-        target: a run folder, a model folder or a Hub id.
+        target: a run folder, a model folder or a Hub id (`owner/name`, `owner/name@revision`).
         data: a data source as in `data.path`; the run's own if None.
         split: train, validation or test; a source without splits is scored whole, as `all`.
         config: how to score.
@@ -266,18 +266,41 @@ def evaluate(
             raise RunError(
                 f"{target} is a model, not a run: say which images to score it on with --data PATH"
             )
-        splits = prepare_data(pinned(own, run.read_provenance())).splits
-        _check_same_images(run, splits, split)
+        images = own_split(run, split)
     else:
         other = _other_data(own, data)
         splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
-    if split not in splits:
-        raise RunError(f"{data or target}: there is no split {split!r}; found {', '.join(splits)}")
-    _check_classes(labels, splits[split].features["label"].names, data or str(target))
+        images = _take(splits, split, data)
+    _check_classes(labels, images.features["label"].names, data or str(target))
     return score(
-        model, image_processor, with_labels(splits[split], labels), split, config or EvaluationConfig()
+        model, image_processor, with_labels(images, labels), split, config or EvaluationConfig()
     ).report
+
+
+def own_split(run: Run, split: str) -> datasets.Dataset:
+    """The images of a run's split, read again: columns id, image and label.
+
+    Raises:
+        RunError: they are not there, or no longer those that the run had.
+    """
+    provenance = run.read_provenance()
+    splits = prepare_data(pinned(load_recipe(run.recipe).data, provenance)).splits
+    images = _take(splits, split, str(run.path))
+    then = provenance["data"]["splits"].get(split)
+    if then and fingerprint(images) != then["fingerprint"]:
+        raise RunError(
+            f"{run.path}: its images have changed since it was trained, so the {split} split would be "
+            f"another one, and perhaps hold images trained on. Bring the old images back, or score others "
+            f"with --data"
+        )
+    return images
+
+
+def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> datasets.Dataset:
+    if split not in splits:
+        raise RunError(f"{where}: there is no split {split!r}; found {', '.join(splits)}")
+    return splits[split]
 
 
 def _other_data(own: DataConfig | None, data: str) -> DataConfig:
@@ -291,17 +314,6 @@ def _other_data(own: DataConfig | None, data: str) -> DataConfig:
         # Subsets, columns and commits are those of one dataset.
         changes |= {"subset": None, "image_column": None, "label_column": None, "revision": revision}
     return own.model_copy(update=changes)
-
-
-def _check_same_images(run: Run, splits: datasets.DatasetDict, split: str) -> None:
-    """Raises RunError where a split carved today is not the run's: it may hold images trained on."""
-    then = run.read_provenance()["data"]["splits"].get(split)
-    if then and split in splits and fingerprint(splits[split]) != then["fingerprint"]:
-        raise RunError(
-            f"{run.path}: its images have changed since it was trained, so the {split} split would be "
-            f"another one, and perhaps hold images trained on. Bring the old images back, or score others "
-            f"with --data"
-        )
 
 
 def _check_classes(known: Sequence[str], found: Sequence[str], where: str) -> None:
