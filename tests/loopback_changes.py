@@ -192,6 +192,9 @@ def _put_part(call: Call) -> None:
 @route("POST", "/lfs/{oid}/complete")
 def _complete(call: Call) -> None:
     objects, oid, asked = call.store.objects, call.parts["oid"], call.http.json()
+    if objects.has(oid):  # asked again
+        call.say({})
+        return
     paths = [objects.partial / f"{oid}.{part['partNumber']}" for part in asked["parts"]]
     if not all(path.is_file() for path in paths):
         raise HubError(400, "A part is missing")

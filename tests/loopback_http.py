@@ -66,7 +66,7 @@ class DroppedError(Exception):
 class Body(io.RawIOBase):
     """What a request carries, as it comes in; ends where it ends, and fails where it ends too early."""
 
-    def __init__(self, source: BinaryIO, headers: Any, request: Request, limit: int | None):
+    def __init__(self, source: io.BufferedIOBase, headers: Any, request: Request, limit: int | None):
         self.source, self.request, self.limit = source, request, limit
         self.chunked = headers.get("Transfer-Encoding", "").lower() == "chunked"
         self.left = 0 if self.chunked else int(headers.get("Content-Length") or 0)
@@ -86,7 +86,7 @@ class Body(io.RawIOBase):
         wanted = min(len(buffer), self.left)
         if self.limit is not None:
             wanted = min(wanted, max(self.limit - self.request.body_bytes, 0))
-        got = self.source.read1(wanted) if wanted else b""  # type: ignore[attr-defined]
+        got = self.source.read1(wanted) if wanted else b""
         if not got:
             self.fail()
         buffer[: len(got)] = got

@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import loopback_changes  # noqa: F401 - registers its routes
+import loopback_changes
+import loopback_people
+import loopback_reading
 from loopback_http import Fault, Handler, Request, Server, discard
 from loopback_objects import HubError
 from loopback_routes import ROUTES, Call
 from loopback_store import Repo, Store
 
 __all__ = ["LoopbackHub", "Repo", "Request", "loopback_hub"]
+
+_ROUTED = (loopback_people, loopback_reading, loopback_changes)
+"""Importing them registers their routes."""
 
 
 class LoopbackHub:

@@ -109,7 +109,7 @@ class Objects:
         if not self.has(blob.sha256) and (found := self.xet_hash(blob.sha256)):
             from loopback_xet import fetch
 
-            self.add([fetch(self.xet, found, blob.size)], blob.sha256)
+            self.add(fetch(self.xet, found), blob.sha256)
         return self.path(blob.sha256).open("rb")
 
     def read(self, blob: Blob) -> bytes:
