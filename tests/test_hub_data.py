@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from conftest import draw_folder, draw_image, tiny_recipe
-from fork_server import ONLINE, QUICK, ForkServer
+from conftest import Say, draw_folder, draw_image, tiny_recipe
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub, Repo
 from PIL import ExifTags, Image, PngImagePlugin
@@ -27,27 +25,6 @@ ODD = 'red "x|y" 🎉 `z` *b*'
 SMALL_FILES = (
     "\nfrom vit_finetune.publishing import dataset\ndataset.FILE_BYTES, dataset.GROUP_IMAGES = 5000, 5\n"
 )
-
-Say = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def say(hub: LoopbackHub, forks: ForkServer, tmp_path: Path) -> Say:
-    """Says something to `vit-finetune` as a user of the Hub; answers exit code, stdout and stderr."""
-    count = 0
-
-    def run(*words: object, user: str | None = "ann", before: str = "", **told: str) -> tuple[int, str, str]:
-        nonlocal count
-        count += 1
-        token = hub.token(user) if user else None
-        environment = hub.environment(token, tmp_path / f"home-{user}") | told
-        folder = tmp_path / f"said-{count}"
-        child = forks.start(folder, *words, before=ONLINE + QUICK + before, **environment)
-        code = child.wait()
-        assert "Traceback" not in child.stderr, child.stderr
-        return code, (folder / "stdout").read_text(), child.stderr
-
-    return run
 
 
 def write_recipe(folder: Path, path: object, name: str, **data: Any) -> tuple[Path, Run]:

@@ -132,6 +132,8 @@ def explaining_errors(repo_id: str, kind: Kind = "model", revision: str | None =
     """
     try:
         yield
+    except RunError:  # explained already
+        raise
     except Exception as error:
         message = None if is_disk_full(error) else _explain_chain(error, repo_id, kind, revision)
         if message is None:
