@@ -40,6 +40,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def forget_all(hub: LoopbackHub) -> None:
+    """Takes away every repository, and the large files that a Hub keeps beside them."""
+    hub.store.repos.clear()
+    for file in hub.store.objects.folder.iterdir():
+        if file.is_file():
+            file.unlink()
+
+
 def test_what_is_published_is_what_was_scored(hub: LoopbackHub, say: Say, run: Run, tmp_path: Path) -> None:
     before = contents(run.path)
     code, _, said = say("push", run.path, "--repo", "ann/colours", "--tag", "v1", "--verify", "full")
@@ -93,7 +101,7 @@ def test_killed_at_any_point_it_is_completed(hub: LoopbackHub, say: Say, run: Ru
     assert total > 10
     for die in ("before", "after"):
         for number in range(0, total, 2 if die == "before" else 3):
-            del hub.store.repos["model", "ann/colours"]
+            forget_all(hub)
             hub.faults.clear()
             hub.fault(".*", ".*", skip=number, die=die)  # type: ignore[arg-type]
             code, _, said = say(*words, before=IMPATIENT)
