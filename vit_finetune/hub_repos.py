@@ -132,8 +132,6 @@ def explaining_errors(repo_id: str, kind: Kind = "model", revision: str | None =
     """
     try:
         yield
-    except RunError:  # explained already
-        raise
     except Exception as error:
         message = None if is_disk_full(error) else _explain_chain(error, repo_id, kind, revision)
         if message is None:
@@ -147,7 +145,7 @@ def _explain_chain(error: BaseException, repo_id: str, kind: Kind, revision: str
     while seen is not None:
         if message := _explain(seen, repo_id, kind, revision):
             return message
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
 
 
