@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import pytest
-from fork_server import ForkServer, fork_server
+from fork_server import ONLINE, QUICK, ForkServer, fork_server
 from PIL import Image
 
 from vit_finetune.recipe import Recipe, build_recipe
@@ -25,6 +25,8 @@ from vit_finetune.run import Run
 if TYPE_CHECKING:
     from harmed_runs import Place
     from loopback_hub import LoopbackHub
+
+Say = Callable[..., tuple[int, str, str]]
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 50), "yellow": (220, 210, 40)}
 """Classes that a model of any size learns in a few steps, by the mean colour of their images."""
@@ -76,6 +78,25 @@ def hub() -> Iterator[LoopbackHub]:
 
     with loopback_hub() as hub:
         yield hub
+
+
+@pytest.fixture
+def say(hub: LoopbackHub, forks: ForkServer, tmp_path: Path) -> Say:
+    """Says something to `vit-finetune` as a user of the Hub; answers exit code, stdout and stderr."""
+    count = 0
+
+    def run(*words: object, user: str | None = "ann", before: str = "", **told: str) -> tuple[int, str, str]:
+        nonlocal count
+        count += 1
+        token = hub.token(user) if user else None
+        environment = hub.environment(token, tmp_path / f"home-{user}") | told
+        folder = tmp_path / f"said-{count}"
+        child = forks.start(folder, *words, before=ONLINE + QUICK + before, **environment)
+        code = child.wait()
+        assert "Traceback" not in child.stderr, child.stderr
+        return code, (folder / "stdout").read_text(), child.stderr
+
+    return run
 
 
 @pytest.fixture

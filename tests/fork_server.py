@@ -45,6 +45,19 @@ finetuning.write_report = lambda run: run.report_html.write_text("left out")
 """Source to run before where what is measured and drawn does not matter: it takes longer than such a run trains."""
 
 
+ONLINE = """
+import importlib
+import datasets.config
+from huggingface_hub import constants, hf_api
+importlib.reload(constants)
+importlib.reload(datasets.config)
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # for the threads of old versions of pyarrow
+hf_api.api.endpoint = constants.ENDPOINT
+"""
+"""Source to run before where a Hub is to be found at the place that the environment names: the server's own libraries
+have read another."""
+
+
 class Hangs(AssertionError):
     """A process did not end by itself."""
 

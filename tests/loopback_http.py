@@ -257,6 +257,7 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             if self.dead.is_set():
                 _reset(request)
+                request.close()
                 return
             self.connections.add(request)
         super().process_request(request, client_address)

@@ -96,7 +96,7 @@ def test_the_readmes_commands_run(readers_place: Path) -> None:
 def test_the_commands_about_data_are_valid() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("$k", "1")
     commands = re.findall(r"^ *vit-finetune train (.*)$", page, re.MULTILINE)
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         name, *overrides = shlex.split(command, comments=True)
         load_recipe(name, overrides)

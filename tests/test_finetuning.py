@@ -165,6 +165,8 @@ def test_a_run_of_groups_is_repeated_by_its_splits(folder: Path, tmp_path: Path)
         tiny_recipe(folder, tmp_path / "again", training=options, data={"splits": str(run.path)})
     )
     one, other = (path.read_provenance()["data"]["splits"] for path in (run, again))
+    assert {about.pop("origin") for about in one.values()} == {"carved"}
+    assert {about.pop("origin") for about in other.values()} == {"splits file"}
     assert one == other and one["train"]["num_images"] <= 18
     assert evaluate(again.path).accuracy == Report.load(run.report("test")).accuracy
     renamed = draw_folder(tmp_path / "other", per_class=2, suffix=".jpg")

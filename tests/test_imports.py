@@ -77,7 +77,7 @@ def test_splits_need_no_torch() -> None:
     assert modules.isdisjoint({"torch", "torchvision", "transformers"})
 
 
-@pytest.mark.parametrize("module", ["publishing.card", "publishing.report"])
+@pytest.mark.parametrize("module", ["publishing.card", "publishing.report", "publishing.hub"])
 def test_papers_need_no_torch(module: str) -> None:
     modules, done = loaded_by(f"import vit_finetune.{module}")
     assert done.returncode == 0, done.stderr

@@ -375,7 +375,7 @@ def test_a_shard_does_not_decide_which_files_are_read(tmp_path: Path) -> None:
 
 def test_one_parquet_file_and_a_broken_one(tmp_path: Path) -> None:
     (file,) = write_parquet(tmp_path, [9]).iterdir()
-    assert len(load(file).splits["train"]) == 9
+    assert len(load(file).splits["all"]) == 9
     data = bytearray(file.read_bytes())
     data[4:60] = bytes(56)
     file.write_bytes(data)

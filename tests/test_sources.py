@@ -366,8 +366,21 @@ def test_labels_without_class_names_sort_naturally_over_all_splits(feature: Any,
     assert source.notices == []
 
 
-def test_a_single_split_of_any_name_holds_everything() -> None:
-    assert set(arrange(full=hub_split(["a", "b"], STRING)).splits) == {"all"}
+def test_a_single_split_holds_everything() -> None:
+    for name, split in {"full": "all", "train": "all", "test": "test"}.items():
+        assert set(arrange(**{name: hub_split(["a", "b"], STRING)}).splits) == {split}
+
+
+def test_file_names_are_ids_where_each_image_has_its_own() -> None:
+    def ids(*names: list[Any]) -> list[list[str]]:
+        splits = [AB.add_column("file_name", some, feature=STRING) for some in names]
+        source = arrange(**dict(zip(("train", "test"), splits)))
+        return [column_values(split, "id") for split in source.splits.values()]
+
+    assert ids(["a/1.png", "2"], ["b/1.png", "3"]) == [["a/1.png", "2"], ["b/1.png", "3"]]
+    for names in (["a", "a"], ["a", None]):
+        assert ids(names) == [["0", "1"]]
+    assert ids(["a", "b"], ["b", "c"]) == [["0", "1"], ["0", "1"]]
 
 
 def test_other_splits_are_left_out_and_said() -> None:
@@ -390,8 +403,8 @@ def test_unlabelled_test_is_left_out(feature: Any, missing: Any) -> None:
 
 def test_unlabelled_rows_are_left_out_and_keep_the_numbers_of_the_others() -> None:
     source = arrange(train=hub_split([0, -1, 1], CAT_DOG))
-    assert label_names(source, "train") == {"0": "dog", "2": "cat"}
-    assert source.notices == ["1 image of train left out: they have no label"]
+    assert label_names(source, "all") == {"0": "dog", "2": "cat"}
+    assert source.notices == ["1 image left out: they have no label"]
 
 
 @pytest.mark.parametrize(
@@ -448,7 +461,7 @@ def test_columns_of_selected_rows_are_taken_at_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_with_labels_renumbers() -> None:
-    split = arrange(train=hub_split([0, 1, 1], CAT_DOG)).splits["train"]
+    split = arrange(train=hub_split([0, 1, 1], CAT_DOG)).splits["all"]
     renumbered = with_labels(split, ["cat", "dog"])
     assert column_values(renumbered, "label") == [1, 0, 0]
     assert renumbered.features["label"].names == ["cat", "dog"]

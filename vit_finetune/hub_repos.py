@@ -79,9 +79,11 @@ def download_model(
         RunError: it is not to be had.
     """
     with explaining_errors(repo_id, "model", revision):
-        return Path(
-            snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=MODEL_FILES)
+        fetched = persist(
+            f"downloading {repo_id}",
+            lambda: snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=files),
         )
+        return Path(fetched)
 
 
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str | None:
@@ -143,7 +145,7 @@ def _explain_chain(error: BaseException, repo_id: str, kind: Kind, revision: str
     while seen is not None:
         if message := _explain(seen, repo_id, kind, revision):
             return message
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
 
 

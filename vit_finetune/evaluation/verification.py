@@ -15,6 +15,7 @@ from vit_finetune.console import progress
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.transforms import ImageFiles
 from vit_finetune.evaluation.scoring import best_device, compute_label_metrics
+from vit_finetune.model.loading import quiet_transformers
 from vit_finetune.run import Report, Run, RunError
 
 SAMPLE = 64
@@ -86,7 +87,8 @@ def _check_predictions(table: pyarrow.Table, report: Report) -> None:
 
 def _classify(model: Path, split: datasets.Dataset, rows: list[int] | range, labels: list[str]) -> np.ndarray:
     """Probabilities `(images, classes)` by the stock pipeline, in the order of the labels."""
-    classify = pipeline("image-classification", model=str(model), device=best_device())
+    with quiet_transformers():
+        classify = pipeline("image-classification", model=str(model), device=best_device())
     files, number = ImageFiles(split), {label: place for place, label in enumerate(labels)}
     found = np.full((len(rows), len(labels)), np.nan)
     with progress("scoring what was downloaded", len(rows), "images") as advance:

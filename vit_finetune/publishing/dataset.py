@@ -252,7 +252,7 @@ def _check_public(identity: str) -> None:
 
 
 def tells_place(data: bytes) -> bool:
-    """Whether an encoded image says where it was taken, in EXIF or XMP; only PNGs with EXIF are decoded."""
+    """Whether an encoded image says where it was taken, in EXIF or XMP; decodes only PNG files with it."""
     if b"GPSLatitude" in data:  # XMP is text
         return True
     # Looked for first, since Pillow decodes a whole PNG to find out that it has no EXIF.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import datasets
 import numpy as np
 from huggingface_hub import DatasetCardData
 
-from vit_finetune import __version__
 from vit_finetune.data.checkup.checkup import Checkup
 from vit_finetune.data.sources.columns import column_array
 from vit_finetune.data.sources.folders import ALL
@@ -67,7 +67,7 @@ def build_dataset_card(
         training=fenced(f"vit-finetune train imagefolder data.path={repo_id}", "bash"),
         findings=[finding.shortened(MOST_NAMED) for finding in told],
         located=located,
-        version=__version__,
+        version=version("vit-finetune"),
     )  # fmt: skip
 
 

@@ -132,7 +132,8 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
             notices.append(f"test has no labels: its {count_of(unlabelled, 'image')} left out")
             del splits[split], classes[split]
         elif unlabelled:
-            notices.append(f"{count_of(unlabelled, 'image')} of {split} left out: they have no label")
+            of = "" if split == ALL else f" of {split}"
+            notices.append(f"{count_of(unlabelled, 'image')}{of} left out: they have no label")
     labels = common_labels(config.path, classes)
     if isinstance(features[label], datasets.ClassLabel):
         labels = list(features[label].names)
@@ -150,7 +151,9 @@ def _name_splits(
     """The splits under our names; others are left out, unless there is only one."""
     splits: dict[str, datasets.Dataset] = {}
     for name, dataset in loaded.items():
-        split = SPLIT_NAMES.get(str(name).lower(), ALL if len(loaded) == 1 else None)
+        split = SPLIT_NAMES.get(str(name).lower())
+        if len(loaded) == 1 and split in ("train", None):
+            split = ALL  # every dataset has a split, also one that has none
         if split in splits:
             raise RunError(f"{config.path}: found the splits {', '.join(loaded)}, two of which mean {split}")
         if split is None:

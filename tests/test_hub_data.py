@@ -1,0 +1,269 @@
+"""Data to and from the Hub: what is published is what is there, and is read as what it was."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import Say, draw_folder, draw_image, tiny_recipe
+from huggingface_hub import DatasetCard
+from loopback_hub import LoopbackHub, Repo
+from PIL import ExifTags, Image, PngImagePlugin
+
+from vit_finetune.data.sources.source import load_source
+from vit_finetune.evaluation.scoring import _other_data
+from vit_finetune.publishing.dataset import tells_place, write_parquet
+from vit_finetune.recipe import DataConfig, RecipeError, build_recipe
+from vit_finetune.run import Run, RunError
+
+ODD = 'red "x|y" 🎉 `z` *b*'
+SMALL_FILES = (
+    "\nfrom vit_finetune.publishing import dataset\ndataset.FILE_BYTES, dataset.GROUP_IMAGES = 5000, 5\n"
+)
+
+
+def write_recipe(folder: Path, path: object, name: str, **data: Any) -> tuple[Path, Run]:
+    """A recipe file and the run that it will make."""
+    run = Run(folder / name)
+    recipe = tiny_recipe(str(path), run.path, data=data, training={"num_train_epochs": 1})
+    file = folder / f"{name}.yaml"
+    file.write_text(recipe.to_yaml(resolved=False))
+    return file, run
+
+
+def write_repository(repo: Repo, folder: Path) -> Path:
+    """The files of a repository, to be loaded without a Hub."""
+    for name, content in repo.files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_a_folder_is_the_same_data_up_and_down_again(hub: LoopbackHub, say: Say, tmp_path: Path) -> None:
+    photos = draw_folder(tmp_path / "photos")
+    (photos / "red").rename(photos / ODD)
+    (photos / "blue" / "copy.png").write_bytes((photos / "blue" / "0.png").read_bytes())
+
+    # Up: several files, in one commit, and none for what is there already.
+    code, _, told = say("upload-data", photos, "ann/photos", "--license", "cc0-1.0", before=SMALL_FILES)
+    assert code == 0, told
+    repo = hub.repo("ann/photos", "dataset")
+    assert [commit.title for commit in repo.commits()] == ["Upload 37 images of 3 classes", "initial commit"]
+    parquet = sorted(name for name in repo.files() if name.startswith("data/"))
+    assert (
+        len(parquet) > 2 and f"verified: {len(parquet) + 1} files" in told and "data.path=ann/photos" in told
+    )
+    first = repo.commits()[0].id
+    code, _, told = say("upload-data", photos, "ann/photos", "--license", "cc0-1.0", before=SMALL_FILES)
+    assert code == 0 and "all there already" in told and repo.commits()[0].id == first, told
+
+    # What `datasets` makes of it.
+    loaded = datasets.load_dataset(str(write_repository(repo, tmp_path / "copy")))
+    rows = loaded["train"].cast_column("image", datasets.Image(decode=False))
+    names = rows.features["label"].names
+    assert names == ["blue", "green", ODD] and len(rows) == 37
+    for row in rows:
+        assert row["image"]["bytes"] == (photos / row["file_name"]).read_bytes()
+        assert names[row["label"]] == row["file_name"].partition("/")[0]
+    card = DatasetCard(repo.files()["README.md"].decode())
+    assert card.data.license == "cc0-1.0" and "vit-finetune" in card.data.tags
+    assert card.data.dataset_info["splits"][0]["num_examples"] == 37
+    assert card.data.dataset_info["download_size"] == sum(len(repo.files()[name]) for name in parquet)
+    assert '| red "x&#124;y" 🎉 &#96;z&#96; \\*b\\* | 12 |' in card.text
+    assert "blue/copy.png" in card.text and "No image tells where it was taken" in card.text
+    assert str(tmp_path) not in card.content
+
+    # Down: a run on it is the run on the folder.
+    here, by_folder = write_recipe(tmp_path, photos, "by-folder")
+    there, by_id = write_recipe(tmp_path, "ann/photos", "by-id")
+    for recipe in (here, there):
+        code, _, told = say("train", recipe)
+        assert code == 0, told
+    for name in ("splits/train.csv", "splits/validation.csv", "splits/test.csv", "reports/test.json"):
+        assert (by_id.path / name).read_bytes() == (by_folder.path / name).read_bytes(), name
+    found, same = (json.loads(run.findings.read_text()) for run in (by_id, by_folder))
+    assert found["findings"] == same["findings"]
+    facts = by_id.read_provenance()["data"]
+    assert facts["revision"] == first and facts["splits"] == by_folder.read_provenance()["data"]["splits"]
+    assert {split["origin"] for split in facts["splits"].values()} == {"carved"}
+
+    # As it arrives.
+    stream, by_stream = write_recipe(tmp_path, "ann/photos", "by-stream", streaming=True)
+    code, _, told = say("train", stream)
+    assert code == 0, told
+    facts = by_stream.read_provenance()["data"]
+    assert facts["revision"] == first and facts["splits"]["test"]["origin"] == "carved"
+
+    # Fewer images: in other files, of which the old ones are gone, but not what others put there.
+    hub.store.add(repo, "main", "bob", "A note", files={"data/notes.txt": repo.objects.regular(b"mine")})
+    gone = (by_id.splits / "test.csv").read_text().splitlines()[1].split(",")[0]
+    (photos / gone).unlink()
+    code, _, told = say("upload-data", photos, "ann/photos")
+    assert code == 0 and f"{len(parquet)} of an earlier upload deleted" in told, told
+    assert set(repo.files()) == {
+        *(".gitattributes", "README.md", "data/notes.txt", "data/train-00000-of-00001.parquet")
+    }
+    assert len(repo.commits()) == 4
+
+    # The run is scored on what it was made of, not on what is there now.
+    code, out, told = say("evaluate", by_id.path, "--json")
+    assert code == 0, told
+    assert (
+        json.loads(out)["num_images"]
+        == json.loads((by_id.path / "reports/test.json").read_text())["num_images"]
+    )
+    (photos / "blue" / "empty.png").write_bytes(b"")
+    code, _, told = say("upload-data", photos, "ann/photos")
+    assert code == 1 and "blue/empty.png: 0 bytes" in told and len(repo.commits()) == 4
+
+    # Where the Hub ceases to answer, an old copy in the cache is not taken for the new one.
+    hub.fault("GET|HEAD", "/resolve/", status=403, times=50)
+    code, _, told = say("check", there)
+    assert code == 1 and f"the cache holds {first}" in told, told
+
+
+@pytest.mark.hub
+def test_what_the_hub_does_not_give_is_one_message(hub: LoopbackHub, say: Say, tmp_path: Path) -> None:
+    hub.token("bob")
+    hub.create("bob/secret", "dataset", private=True, files={"data/train.csv": b"a"})
+    hub.create(
+        "bob/gated",
+        "dataset",
+        gated=True,
+        files={"README.md": b"---\nlicense: mit\n---\n", "data/train.csv": b"a"},
+    )
+    hub.create("bob/open", "dataset", files={"data/train.csv": b"a"})
+
+    def message(path: str, *words: str, user: str | None = "ann", streams: bool = False, **told: str) -> str:
+        recipe, _ = write_recipe(tmp_path, path, "run", **({"streaming": True} if streams else {}))
+        code, _, said = say("check", recipe, *words, user=user, **told)
+        assert code == 1 and said.count("error: ") == 1, said
+        return said
+
+    assert "bob/secret: there is no such dataset on the Hub, or it is a private one" in message("bob/secret")
+    assert "that needs a token" in message("bob/secret", user=None)
+    for streams in (False, True):
+        assert "bob/gated is gated: its owners decide" in message("bob/gated", streams=streams)
+    assert "bob/open has no branch, tag or commit 'v9'" in message("bob/open", "data.revision=v9")
+    assert "HF_HUB_OFFLINE keeps" in message("bob/open", HF_HUB_OFFLINE="1")
+    hub.kill()
+    assert f"the Hub ({hub.url}) cannot be reached" in message("bob/open")
+
+
+@pytest.mark.hub
+def test_where_images_were_taken_does_not_become_public_by_accident(
+    hub: LoopbackHub, say: Say, tmp_path: Path
+) -> None:
+    photos = draw_folder(tmp_path / "photos", classes=2, suffix=".jpg")
+    draw_image((1, 2, 3), 5).save(photos / "blue" / "home.jpg", exif=located(), quality=95)
+
+    code, out, told = say("upload-data", photos, "ann/photos", "--dry-run", "--with-gps")
+    assert code == 0 and "data/train-00000-of-00001.parquet" in told and "1 of the images tells where" in out
+    assert not hub.requests and not hub.store.repos
+    code, _, told = say("upload-data", photos, "ann/photos")
+    assert code == 1 and "1 image would tell everybody" in told and "blue/home.jpg" in told
+    assert not hub.store.repos
+    code, _, told = say("upload-data", photos, "ann/photos", "--private")
+    assert code == 0, told
+    repo = hub.repo("ann/photos", "dataset")
+    assert repo.private and "1 of the images tells where it was taken" in repo.files()["README.md"].decode()
+    # It is known to be private: the words need not say so again.
+    assert say("upload-data", photos, "ann/photos")[0] == 0
+
+    hub.create("ann/else", "dataset", files={"train.csv": b"mine"})
+    code, _, told = say("upload-data", photos, "ann/else", "--with-gps")
+    assert code == 1 and "holds something else" in told
+    code, _, told = say("upload-data", photos, "bob/photos", "--with-gps")
+    assert code == 1 and "you are ann" in told
+
+
+# --------------------------------------------------------------------------- without a Hub
+
+
+def located() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 1  # with no tag beside it, Pillow writes some formats without
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (52.0, 31.0, 12.0)
+    return exif
+
+
+def encode(kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    draw_image((9, 9, 9), 1).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # as the package has it
+def test_which_images_tell_where_they_were_taken() -> None:
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    xmp = PngImagePlugin.PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", "<exif:GPSLatitude>52,31N</exif:GPSLatitude>")
+    assert all(tells_place(encode(kind, exif=located())) for kind in ("JPEG", "PNG", "WEBP"))
+    assert tells_place(encode("PNG", pnginfo=xmp))
+    assert not any(tells_place(encode(kind, exif=turned)) for kind in ("JPEG", "PNG", "WEBP", "TIFF"))
+    assert not any(tells_place(encode(kind)) for kind in ("JPEG", "PNG", "GIF"))
+    assert not tells_place(encode("JPEG", exif=b"Exif\0\0MM\0*broken")) and not tells_place(b"")
+
+
+def test_the_same_images_make_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    from vit_finetune.data.checkup.checkup import leave_out_unreadable
+
+    config = DataConfig(path=str(folder))
+    sums = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        written = write_parquet(leave_out_unreadable(load_source(config), config), tmp_path / name)
+        sums.append(
+            {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in written.files.items()}
+        )
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("name", ["/home/ann/0.png", "C:\\ann\\0.png", "../0.png"])
+def test_paths_of_a_machine_are_not_published(tmp_path: Path, name: str) -> None:
+    rows = {
+        "image": [{"bytes": encode("PNG"), "path": None}] * 2,
+        "label": [0, 1],
+        "file_name": ["a.png", name],
+        "digest": ["", ""],
+    }
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    text = datasets.Value("string")
+    split = datasets.Dataset.from_dict(
+        rows, features=datasets.Features({**features, "file_name": text, "digest": text})
+    )
+    split.remove_columns("digest").to_parquet(str(tmp_path / "train.parquet"))
+    config = DataConfig(path=str(tmp_path / "train.parquet"))
+    source = load_source(config)
+    from vit_finetune.data.checkup.checkup import leave_out_unreadable
+
+    with pytest.raises(RunError, match="is a path of some machine"):
+        write_parquet(leave_out_unreadable(source, config), tmp_path)
+
+
+def test_a_path_names_no_revision() -> None:
+    with pytest.raises(RecipeError, match="write path ann/photos and revision v2"):
+        build_recipe({"data": {"path": "ann/photos@v2"}, "model": {"config": {}}}, name="x")
+
+
+def test_other_data_takes_over_only_what_means_the_same_there() -> None:
+    own = DataConfig(
+        path="ann/a", subset="s", revision="v1", image_column="i", label_column="l", on_unreadable="skip"
+    )
+    other = _other_data(own, "bob/b@v2")
+    assert (other.path, other.revision, other.subset, other.label_column) == ("bob/b", "v2", None, None)
+    assert other.on_unreadable == "skip"
+    assert _other_data(own, "bob/b").revision is None and _other_data(own, "photos/").image_column is None
+    same = _other_data(own, "ann/a")
+    assert (same.revision, same.subset, same.image_column) == ("v1", "s", "i")
+    assert _other_data(own, "ann/a@v2").revision == "v2" and _other_data(own, "ann/a@v2").subset == "s"
+    assert _other_data(DataConfig(path="a.csv", label_column="l"), "b.csv").label_column == "l"
+    assert _other_data(None, "bob/b@v2") == DataConfig(path="bob/b", revision="v2")
