@@ -254,8 +254,8 @@ told["large"] = Path(hf_hub_download("ada/vit", "parts.bin")).read_bytes().hex()
 
     assert seen("/preupload/") == [500, 200]
     assert seen("/objects/batch") == [429, 200]
-    assert sorted(seen("/lfs/")) == [0, 200, 200, 200, 200]  # two of them verify
-    assert seen("/content/") == [200, 206]
+    assert sorted(request.status for request in hub.requests if request.method == "PUT") == [0, 200, 200]
+    assert seen("/content/") == [200, 200]  # the client keeps what fills its buffer of 10 MB
     assert 10_000 in [request.body_bytes for request in hub.requests if request.status == 0]
 
 
