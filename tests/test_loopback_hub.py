@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from loopback_hub import LoopbackHub, loopback_hub
 
@@ -73,7 +74,8 @@ def model(tmp_path: Path) -> Path:
         "license: mit\nlibrary_name: transformers\npipeline_tag: image-classification\nbase_model: google/vit"
     )
     (folder / "README.md").write_text(f"---\n{card}\ndatasets: [ada/digits]\n---\nA model.")
-    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    weights = np.random.default_rng(0).normal(size=30_000).astype(np.float32)
+    (folder / "model.safetensors").write_bytes(weights.tobytes())
     (folder / "parts.bin").write_bytes(b"part" * 300_000)
     (folder / "sub" / "notes.txt").write_text("notes")
     (folder / "empty.bin").touch()
