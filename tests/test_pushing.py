@@ -156,6 +156,29 @@ def test_files_edited_after_scoring_are_refused(hub: LoopbackHub, say: Say, run:
     assert "**Changed after scoring: config.json.**" in hub.repo("ann/colours").files()["README.md"].decode()
 
 
+def test_a_branch_and_a_pull_request(hub: LoopbackHub, say: Say, run: Run) -> None:
+    """Both are said twice; the second time nothing is there to do."""
+    theirs = (run.model / "README.md").read_text(encoding="utf-8") + "\nMy own words.\n"
+    (run.model / "README.md").write_text(
+        theirs.replace("license: apache-2.0", "language: en"), encoding="utf-8"
+    )
+    for times in range(2):
+        words = ("--repo", "ann/colours", "--revision", "dev/x", "--verify", "files")
+        code, _, said = say("push", run.path, *words)
+        assert code == 0 and ("held these files already" in said) == bool(times), said
+    repo = hub.repo("ann/colours")
+    assert len(repo.commits("dev/x")) == 2 and len(repo.commits()) == 1
+    card = ModelCard(repo.files("dev/x")["README.md"].decode())
+    assert "My own words." in card.text and card.data.license == "apache-2.0"
+    assert card.data.to_dict()["language"] == "en" and card.data.eval_results
+    for times in range(2):
+        words = ("--repo", "ann/colours", "--create-pr", "--verify", "files")
+        code, _, said = say("push", run.path, *words, user="bob")
+        assert code == 0 and ("held these files already" in said) == bool(times), said
+        assert "/discussions/1" in said
+    assert len(repo.commits("refs/pr/1")) == 2 and len(repo.commits()) == 1
+
+
 def test_a_run_that_was_not_tested_is_refused(say: Say, run: Run) -> None:
     run.report("test").unlink()
     code, _, said = say("push", run.path, "--repo", "ann/colours")

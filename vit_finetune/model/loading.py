@@ -151,9 +151,8 @@ def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfi
             raise
         raise RunError(f"model.config: {error.__cause__ or error}") from None
     width, heads = getattr(built, "hidden_size", 0), getattr(built, "num_attention_heads", 1)
-    if (
-        isinstance(heads, int) and width % heads
-    ):  # builds today, but other versions of transformers refuse to load it
+    # Builds today, but other versions of transformers refuse to load it.
+    if isinstance(heads, int) and width % heads:
         raise RunError(f"model.config: hidden_size={width} is not a multiple of the {heads} attention heads")
     size = side_lengths(getattr(built, "image_size", None) or 224)
     check_divides(built, size)
@@ -396,8 +395,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     elif patch is not None and size:
         ph, pw = side_lengths(patch)
         facts["tokens"] = (size[0] // ph) * (size[1] // pw)
-    if commit := re.search(
-        r"[/\\]snapshots[/\\]([0-9a-f]{40})$", model.name_or_path
-    ):  # as the cache names it
+    # As the Hub's cache names its folders.
+    if commit := re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})$", model.name_or_path):
         facts["revision"] = commit[1]
     return facts

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from huggingface_hub import (
     EvalResult,
@@ -19,6 +18,7 @@ from huggingface_hub import (
 
 from vit_finetune.files import write_text
 from vit_finetune.hub_repos import parse_hub_id
+from vit_finetune.publishing.markdown import build_environment
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
     Record,
@@ -46,7 +46,6 @@ from vit_finetune.publishing.redaction import (
 from vit_finetune.recipe import HubConfig
 from vit_finetune.run import TOLD, Finding, Report, Run, RunError
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_NAMED = 5
 """Images that the card names of each finding; their number stands in its sentence."""
 
@@ -104,24 +103,14 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
     record = load_record(run)
     if hub is not None:
         record = replace(record, recipe=record.recipe | {"hub": hub.model_dump()})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=False,  # `finalize` escapes whatever is not Markdown on purpose
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_finalize,
-    )
+    environment = build_environment()
     environment.filters.update(
         percent=percent,
         interval=interval,
         duration=duration,
         memory=memory,
         pixels=pixels,
-        number="{:,}".format,
     )
-    environment.filters["public"] = lambda text: without_paths(one_line(str(text)))
-    environment.globals["Markdown"] = Markdown
     report = record.headline
     own = yaml.safe_dump(
         values_without_paths(record.own_recipe), sort_keys=False, allow_unicode=True, width=100
@@ -162,22 +151,18 @@ def _warnings(record: Record) -> list[Finding]:
     return [finding.shortened(MOST_NAMED) for finding in told]
 
 
-def _finalize(value: Any) -> Any:
-    return escape_markdown(value) if isinstance(value, str) and not isinstance(value, Markdown) else value
-
-
 def _model_name(record: Record) -> str:
     model_id = record.setting("hub", "model_id")
     return one_line(str(model_id).rpartition("/")[2] if model_id else record.name)
 
 
 def _usage(record: Record) -> str:
-    model_id = record.setting("hub", "model_id") or "path/to/this/folder"
-    revision = record.setting("hub", "revision")
+    model_id, revision = record.setting("hub", "model_id"), record.setting("hub", "revision")
     pinned = f', revision="{revision}"' if model_id and revision else ""
+    name = model_id or "path/to/this/folder"
     return (
         "from transformers import pipeline\n\n"
-        f'classifier = pipeline("image-classification", model="{model_id}"{pinned})\n'
+        f'classifier = pipeline("image-classification", model="{name}"{pinned})\n'
         'print(classifier("photo.jpg"))'
     )
 

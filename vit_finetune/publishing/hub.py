@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
@@ -96,8 +96,6 @@ def _info(repo_id: str, kind: str, revision: str | None = None) -> Any:
     """The repository with its files' checksums; None where there is none."""
     try:
         return HfApi().repo_info(repo_id, repo_type=kind, revision=revision, files_metadata=True)
-    except RevisionNotFoundError:
-        raise
     except RepositoryNotFoundError:
         return None
 
@@ -159,9 +157,13 @@ def _check_may_write(repo_id: str, kind: Kind, user: str) -> None:
         if error.response.status_code not in (401, 403, 404):
             raise
         raise RunError(
-            f"{repo_id} is there, but you ({user}) may not write to it. Name a repository of yours, or open "
-            f"a pull request with create_pr"
+            f"{repo_id} is there, but you ({user}) may not write to it. Name a repository of "
+            f"yours{_or_ask(kind)}"
         ) from None
+
+
+def _or_ask(kind: Kind) -> str:
+    return ", or open a pull request with create_pr" if kind == "model" else ""
 
 
 def _check_is_ours(repo_id: str, kind: Kind, info: Any) -> None:
@@ -173,7 +175,7 @@ def _check_is_ours(repo_id: str, kind: Kind, info: Any) -> None:
         listed = f"{what}, {len(files)} files ({', '.join(others[:3])} …)"
         raise RunError(
             f"{repo_id} holds something else already: {listed}, and no card with the tag {OURS}. Name "
-            f"another repository, or open a pull request with create_pr"
+            f"another repository{_or_ask(kind)}"
         )
 
 
