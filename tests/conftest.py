@@ -99,6 +99,23 @@ def say(hub: LoopbackHub, forks: ForkServer, tmp_path: Path) -> Say:
     return run
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of a tiny model; tests that change it change copies."""
+    from vit_finetune.finetuning import finetune
+
+    folder = tmp_path_factory.mktemp("trained")
+    draw_folder(folder / "photos")
+    return finetune(tiny_recipe(folder / "photos", folder / "run", hub={"license": "apache-2.0"}))
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A copy of the finished run."""
+    shutil.copytree(trained.path, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Makes a disk with mount's options, such as `size=2m`, or gives it others, such as `ro`."""

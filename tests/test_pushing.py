@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from conftest import Say, draw_folder, tiny_recipe
-from fork_server import QUICK
+from fork_server import IMPATIENT, QUICK
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 
-from vit_finetune.finetuning import finetune
 from vit_finetune.run import Report, Run
 
 pytestmark = [pytest.mark.hub, pytest.mark.slow]
-
-IMPATIENT = "\nimport time\ntime.sleep = lambda seconds: None\n"
-"""Source to run before where only the number of further tries matters, not how long they wait."""
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run; tests change copies of it."""
-    folder = tmp_path_factory.mktemp("pushed")
-    draw_folder(folder / "photos")
-    return finetune(tiny_recipe(folder / "photos", folder / "run", hub={"license": "apache-2.0"}))
-
-
-@pytest.fixture
-def run(trained: Run, tmp_path: Path) -> Run:
-    """A copy of the finished run."""
-    shutil.copytree(trained.path, tmp_path / "run")
-    return Run(tmp_path / "run")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
