@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY_VIT, draw_folder
+from loopback_hub import LoopbackHub
 
 from vit_finetune.recipe import bundled_recipes, load_recipe
 
@@ -53,7 +54,7 @@ def readers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from vit_finetune.recipe import ModelConfig
 
     draw_folder(tmp_path / "photos")
-    draw_folder(tmp_path / "new-photos", classes=1, per_class=2)
+    draw_folder(tmp_path / "new-photos", per_class=2)
     model, processor = load_model(ModelConfig(config={**TINY_VIT, "image_size": 32}), ["x", "y"])
     pretrained = tmp_path / "google" / "vit-base-patch16-224-in21k"
     model.save_pretrained(pretrained)
@@ -63,7 +64,8 @@ def readers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_run(readers_place: Path) -> None:
+@pytest.mark.hub
+def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub) -> None:
     shell = "".join(blocks("bash"))
     commands = [line.split(" #")[0].strip() for line in shell.splitlines() if line.startswith("vit-finetune")]
     assert [shlex.split(command)[1] for command in commands] == [
@@ -72,11 +74,13 @@ def test_the_readmes_commands_run(readers_place: Path) -> None:
         "predict",
         "check",
         "train",
+        "push",
+        "evaluate",
     ]
+    reader = hub.environment(hub.token("you"), readers_place / "home")
     for command in commands:
-        result = subprocess.run(
-            [sys.executable, "-m", "vit_finetune", *shlex.split(command)[1:]], capture_output=True, text=True
-        )
+        words = [sys.executable, "-m", "vit_finetune", *shlex.split(command)[1:]]
+        result = subprocess.run(words, env=reader, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
     assert (readers_place / "runs" / "photos" / "report.html").is_file()
     # Then the Python blocks: the pipeline of the run that is there, and the whole from Python in another folder.
