@@ -204,7 +204,9 @@ def duration(seconds: float) -> str:
 
 
 def memory(size: float) -> str:
-    """Bytes as "812 MB" or "24.5 GB", decimal."""
+    """Bytes as "812 B", "35 kB", "812 MB" or "24.5 GB", decimal."""
+    if size < 1e6:
+        return f"{size:.0f} B" if size < 1e3 else f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
