@@ -258,6 +258,24 @@ def test_files_edited_after_scoring_are_refused(hub: LoopbackHub, say: Say, run:
     assert "**Changed after scoring: config.json.**" in hub.repo("ann/colours").files()["README.md"].decode()
 
 
+def test_a_model_that_strangers_cannot_use_is_said_to_be_none(hub: LoopbackHub, say: Say, run: Run) -> None:
+    config = json.loads((run.model / "config.json").read_text())
+    azure = {"id2label": config["id2label"] | {"0": "azure"}, "label2id": {"azure": 0, "green": 1, "red": 2}}
+    for changes, expected in (
+        (azure, "has other classes than the report: azure, blue"),
+        ({"hidden_size": 32}, "cannot be used (ValueError: Could not load model"),
+        ({"image_size": 20}, "cannot be used ("),
+    ):
+        (run.model / "config.json").write_text(json.dumps(config | changes))
+        code, _, said = say("push", run.path, "--repo", "ann/colours", "--force")
+        assert code == 1 and f"is published, but what was downloaded {expected}" in said, said
+        assert len(said.splitlines()) == 3
+    (run.model / "config.json").write_text(json.dumps(config))
+    (run.model / "preprocessor_config.json").write_text("{}")
+    code, _, said = say("push", run.path, "--repo", "ann/colours", "--force")
+    assert code == 1 and "cannot be used (ValueError: Input image size (224*224)" in said, said
+
+
 def test_what_is_published_in_no_case(hub: LoopbackHub, say: Say, run: Run, tmp_path: Path) -> None:
     words = ("push", run.path, "--repo", "ann/colours", "--force", "--verify", "files")
     (tmp_path / "secret").write_text("secret")
