@@ -175,6 +175,9 @@ def test_a_tag_stays_where_the_same_files_are(hub: LoopbackHub, say: Say, run: R
     assert code == 0 and repo.tags["v1"].id == first != repo.commits()[0].id, said
     code, _, said = say("push", other.path, *words, "--tag", "v1")
     assert code == 1 and "the tag v1 names another commit already" in said and len(repo.commits()) == 4
+    assert say("push", run.path, *words, "--revision", "dev")[0] == 0
+    code, _, said = say("push", run.path, *words, "--tag", "dev")
+    assert code == 1 and "dev is a branch there" in said and "dev" not in repo.tags
     faster = """
 from vit_finetune import pushing
 pushing.check_tag_free = lambda *words: None

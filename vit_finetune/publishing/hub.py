@@ -357,6 +357,8 @@ def check_tag_free(repo_id: str, tag: str, files: Files | None) -> None:
 def _tagged(repo_id: str, tag: str) -> tuple[str | None, list[RepoSibling]]:
     """The commit that a tag of a model names, and its files; None where there is no such tag."""
     refs = HfApi().list_repo_refs(repo_id)
+    if any(branch.name == tag for branch in refs.branches):
+        raise RunError(f"{repo_id}: {tag} is a branch there, so it cannot be a tag too. Choose another tag")
     target = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
     info = _info(repo_id, "model", target) if target else None
     return target, (info.siblings or [] if info else [])
