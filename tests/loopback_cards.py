@@ -8,12 +8,25 @@ from typing import Any
 import yaml
 from loopback_objects import HubError
 
+LICENSES = (
+    "apache-2.0",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc0-1.0",
+    "gpl-3.0",
+    "mit",
+    "openrail",
+    "other",
+)
+"""Those of the Hub's list that tests use, and some more."""
+
 
 def check_card(content: str) -> dict[str, Any]:
     """The metadata at the head of a README.md; empty where there is none.
 
     Raises:
-        HubError: there is some, and it is no YAML mapping.
+        HubError: there is some, and it is no YAML mapping, or names a license that the Hub does not know.
     """
     head = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", content, re.DOTALL)
     if not head:
@@ -24,6 +37,9 @@ def check_card(content: str) -> dict[str, Any]:
         raise HubError(400, f"Invalid metadata in README.md: {error}") from error
     if not isinstance(found, dict | None):
         raise HubError(400, "Invalid metadata in README.md: it is no mapping")
+    license = (found or {}).get("license", "other")
+    if license not in LICENSES:
+        raise HubError(400, f'"license" must be one of [{", ".join(LICENSES)}]')
     return found or {}
 
 

@@ -16,10 +16,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from vit_finetune.files import write_json, write_text
-from vit_finetune.publishing.card import build_card, write_card
+from vit_finetune.publishing.card import build_card, publishable_card, publishable_license, write_card
 from vit_finetune.publishing.redaction import escape_markdown, values_without_paths, without_paths
 from vit_finetune.publishing.report import build_report
-from vit_finetune.run import Finding, Report, Run
+from vit_finetune.recipe import HubConfig
+from vit_finetune.run import Finding, Report, Run, RunError
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -243,14 +244,67 @@ def test_hub_ids_are_linked_and_folders_are_not(tmp_path: Path, monkeypatch: pyt
     recipe = run.recipe.read_text(encoding="utf-8").replace("  path: null", "  path: google/vit-base")
     write_text(run.recipe, recipe)
     provenance = run.provenance.read_text(encoding="utf-8")
-    write_text(run.provenance, provenance.replace('"source": "folder"', '"source": "hub"'))
-    data = ModelCard(build_card(run)).data
-    assert (data.base_model, data.datasets) == ("google/vit-base", ["ann/pets"])
-    assert data.eval_results[0].dataset_type == "ann/pets"
-    for folder in ("google/vit-base", "ann/pets"):
-        Path(folder).mkdir(parents=True)
     data = ModelCard(build_card(run)).data
     assert (data.get("base_model"), data.get("datasets")) == (None, None)
+    provenance = provenance.replace('"source": "folder"', '"source": "hub"')
+    write_text(run.provenance, provenance.replace('"base_model"', f'"revision": "{"0" * 40}", "base_model"'))
+    for _ in range(2):
+        data = ModelCard(build_card(run)).data
+        assert (data.base_model, data.datasets) == ("google/vit-base", ["ann/pets"])
+        assert data.eval_results[0].dataset_type == "ann/pets"
+        for folder in ("google/vit-base", "ann/pets"):  # what is here when the card is made says nothing
+            Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def test_where_a_run_was_to_be_published_stays_out_of_its_recipe(tmp_path: Path) -> None:
+    command = "vit-finetune train r.yaml hub.push=true 'hub.tags=[a, b]' hub.model_id=acme/secret x=1"
+    hub = {"model_id": "acme/secret", "push": True}
+    run = write_finished_run(tmp_path, hub=hub, command=command)
+    card = publishable_card(run, HubConfig(model_id="ann/pets"))
+    assert "acme" not in card and "hub.push" not in card and 'model="ann/pets"' in card
+    assert "vit-finetune train r.yaml x=1\n" in card and "hidden_size: 64" in card
+
+
+def test_a_card_that_somebody_wrote_into_keeps_their_text(tmp_path: Path) -> None:
+    run, hub = write_finished_run(tmp_path), HubConfig(model_id="ann/pets", tags=["pets"])
+    ours = write_card(run).read_text(encoding="utf-8")
+
+    def published(text: str, encoding: str = "utf-8") -> ModelCard:
+        (run.model / "README.md").write_bytes(text.encode(encoding))
+        return ModelCard(publishable_card(run, hub))
+
+    plain = published(ours)
+    assert 'model="ann/pets"' in plain.text and plain.data.license is None
+    for text, encoding in (
+        (
+            ours.replace("# photos", "# My pets").replace("library_name", "license: mit\nlibrary_name"),
+            "utf-8",
+        ),
+        (
+            ours.replace("# photos", "# My pets").replace("library_name", "license: mit\nlibrary_name"),
+            "utf-8-sig",
+        ),
+        ("---\r\nlicense: mit\r\n---\r\n# My pets\r\n", "utf-8"),
+    ):
+        card = published(text, encoding)
+        assert card.text.strip().startswith("# My pets") and "path/to/this/folder" not in card.text
+        assert "vit-finetune" in card.data.tags and "license:" not in card.text
+        assert card.data.license == publishable_license(run, hub) == "mit"
+        assert card.data.eval_results == plain.data.eval_results
+    assert publishable_license(run, hub.model_copy(update={"license": "cc0-1.0"})) == "cc0-1.0"
+    assert published("Mine.\n").text.strip() == "Mine." and published("").text == plain.text
+    for tags in ("tags: mine", "tags: [mine]", "tags:\n- mine\nmodel-index: nonsense"):
+        card = published(f"---\n{tags}\n---\nMine.\n")
+        assert card.data.tags[0] == "mine" and "pets" in card.data.tags and len(card.data.eval_results) > 3
+    for text, encoding, expected in (
+        ("---\n- a\n---\n", "utf-8", "is no mapping"),
+        ("---\na: [b\n---\n", "utf-8", "README.md: cannot be read: while parsing"),
+        ("---\na: !!python/name:os.system x\n---\n", "utf-8", "README.md: cannot be read: could not"),
+        ("né", "latin-1", "README.md: cannot be read: 'utf-8'"),
+    ):
+        with pytest.raises(RunError, match=expected) as caught:
+            published(text, encoding)
+        assert "\n" not in str(caught.value)
 
 
 def test_warnings_about_the_data_stand_in_the_card_and_notes_do_not(tmp_path: Path) -> None:

@@ -20,6 +20,23 @@ from vit_finetune.recipe import (
     training_section,
 )
 
+NO_REFS = [
+    "''",
+    "'a b'",
+    "'a~'",
+    "-x",
+    "a..b",
+    "/a",
+    "a/",
+    "a.",
+    "a//b",
+    "a/.b",
+    "a.lock",
+    "'@'",
+    "refs/pr/1",
+    "HEAD",
+    "'a:b'",
+]
 SMALLEST = "data: {path: photos}\nmodel: {path: someone/vit}\n"
 
 
@@ -159,6 +176,9 @@ def test_keys_that_are_no_words_are_refused_in_files() -> None:
         ("model.config={}", "model: write one of `path` (a checkpoint to fine-tune) and `config`"),
         ("training=[1]", "training is a section: expected keys below it, found [1]"),
         ("data=3", "data is a section: expected keys below it, found 3"),
+        ("hub.tag=main", "hub: main is a branch already: write another tag"),
+        *((f"hub.tag={name}", "hub.tag: is no name for a branch or tag") for name in NO_REFS),
+        *((f"hub.revision={name}", "hub.revision: is no name for a branch or tag") for name in NO_REFS),
         ("training.eval_strategy=never", "found 'never', expected 'no', 'steps' or 'epoch'"),
     ],
 )
@@ -167,6 +187,12 @@ def test_wrong_values_are_explained(override: str, expected: str) -> None:
     assert said.startswith("mine.yaml: ")
     assert expected in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["v1.0", "dev/x", "a-b_c", "größe", "@me", "release+1"])
+def test_names_of_branches_and_tags_are_gits(name: str) -> None:
+    hub = load_recipe(write(SMALLEST), [f"hub.tag='{name}'", f"hub.revision='{name}x'"]).hub
+    assert (hub.tag, hub.revision) == (name, f"{name}x")
 
 
 def test_splits_that_are_repeated_leave_nothing_to_choose() -> None:

@@ -203,6 +203,7 @@ def push(
     hub = _load(str(recipe), overrides).hub if recipe.is_file() else None
 
     def work() -> None:
+        _listen()  # or what was downloaded to be verified would be left behind
         from vit_finetune.pushing import push_to_hub
 
         push_to_hub(run, hub, force=force, dry_run=dry_run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 from contextlib import ExitStack
@@ -298,10 +299,16 @@ def _push(run: Run, recipe: Recipe, test_split: datasets.Dataset | None) -> None
     """
     if not recipe.hub.push or os.environ.get("RANK", "0") != "0":
         return
+    kept = f"The run is kept; push it with: vit-finetune push {shlex.quote(str(run.path))}"
     try:
         push_to_hub(run.path, recipe.hub, test_split=test_split)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}. {kept}", stop.number) from None
     except RunError as error:
-        raise RunError(f"{error}. The run is kept; push it with: vit-finetune push {run.path}") from error
+        raise RunError(f"{error}. {kept}") from error
+    except Exception:  # such as a disk that is full
+        say(kept)
+        raise
 
 
 def _show_reports(reports: dict[str, Report], run: Run) -> None:

@@ -58,10 +58,15 @@ def parse_hub_id(text: str) -> tuple[str, str | None] | None:
     return match[1], match[2]
 
 
+def hub_address() -> str:
+    """Where the Hub is, without the password that an address may hold."""
+    return re.sub(r"(?<=//)[^/@]*@", "", constants.ENDPOINT)
+
+
 def web_address(repo_id: str, kind: Kind = "model", commit: str | None = None) -> str:
     """Where people look at a repository."""
     folder = "" if kind == "model" else "datasets/"
-    return f"{constants.ENDPOINT}/{folder}{repo_id}" + (f"/tree/{commit}" if commit else "")
+    return f"{hub_address()}/{folder}{repo_id}" + (f"/tree/{commit}" if commit else "")
 
 
 def download_model(
@@ -176,9 +181,14 @@ def _explain(error: BaseException, repo_id: str, kind: Kind, revision: str | Non
                 f"{repo_id} is not in the cache, and HF_HUB_OFFLINE keeps this command from the network. "
                 f"Unset it"
             )
+        case HTTPError() if not _is_address(constants.ENDPOINT):
+            return (
+                f"HF_ENDPOINT is {constants.ENDPOINT}; expected an address, such as "
+                f"https://{constants.ENDPOINT}"
+            )
         case HTTPError() | ConnectionError():
             return (
-                f"{repo_id}: the Hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__}). "
+                f"{repo_id}: the Hub ({hub_address()}) cannot be reached ({type(error).__name__}). "
                 f"Look at the connection, and say the same again"
             )
     return None
@@ -239,7 +249,11 @@ def persist(what: str, attempt: Callable[[], Answer]) -> Answer:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
-    return not isinstance(error, OfflineModeIsEnabled)
+    return _is_address(constants.ENDPOINT) and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _is_address(text: str) -> bool:
+    return re.match("https?://", text) is not None
 
 
 def _asked_pause(error: HfHubHTTPError) -> float | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import re
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +12,37 @@ from pathlib import Path
 import datasets
 
 from vit_finetune.console import answer, say, warn
+from vit_finetune.data.sources.folders import first_of
 from vit_finetune.files import is_disk_full, sha256_of
 from vit_finetune.hub_repos import download_model, quiet_client
-from vit_finetune.publishing.card import build_eval_entries, publishable_card
-from vit_finetune.publishing.hub import Commit, Files, check_access, check_tag_free, commit_files, set_tag
-from vit_finetune.publishing.record import memory
+from vit_finetune.publishing.card import (
+    build_eval_entries,
+    publishable_card,
+    publishable_license,
+    smallest_card,
+)
+from vit_finetune.publishing.hub import (
+    Access,
+    Commit,
+    Files,
+    check_access,
+    check_card,
+    check_tag_free,
+    commit_files,
+    set_tag,
+)
+from vit_finetune.publishing.record import memory, one_line
 from vit_finetune.recipe import HubConfig, load_recipe
-from vit_finetune.run import Run, RunError
+from vit_finetune.run import Interrupted, Run, RunError
+
+RUNNING = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
+"""Suffixes of files that run code when they are loaded, or may."""
+STALE = re.compile(
+    r"(?:model|pytorch_model|tf_model|flax_model)(?:-\d+-of-\d+)?"
+    r"\.(?:safetensors|bin|h5|msgpack)(?:\.index\.json)?"
+    r"|\.eval_results/[^/]+--[^/]+\.yaml"
+)
+"""What `from_pretrained` looks for beside the weights that are published, and scores of an earlier model."""
 
 
 def check_destination(hub: HubConfig) -> None:
@@ -24,8 +51,9 @@ def check_destination(hub: HubConfig) -> None:
     Raises:
         RunError: it may not, and why.
     """
+    assert hub.model_id is not None  # `hub.push` needs it
     with quiet_client():
-        _check(hub, None)
+        _check(hub, hub.model_id, None)
 
 
 def push_to_hub(
@@ -55,35 +83,46 @@ def push_to_hub(
     run = Run(target)
     edited = _check_run(run, force)
     hub = hub or load_recipe(run.recipe).hub
-    if hub.model_id is None:
+    if not hub.model_id:
         raise RunError(
             f"{run.path}: its recipe names no repository: say --repo owner/name, or set hub.model_id"
         )
     files = Files(_contents(run, hub, edited))
+    if not publishable_license(run, hub):
+        warn("the card names no license, so nobody knows what they may do with the model: set hub.license")
+    if dry_run:
+        _show(files)
+        return None
+    try:
+        return _publish(run, hub, hub.model_id, files, test_split)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        raise Interrupted(
+            f"{run.path}: stopped while it was being published; saying the same again completes it", number
+        ) from None
+
+
+def _publish(
+    run: Run, hub: HubConfig, repo_id: str, files: Files, test_split: datasets.Dataset | None
+) -> Commit:
+    """The commit that holds the files, which are verified."""
     with quiet_client():
-        _check(hub, files)
-        if hub.license is None:
-            warn(
-                "the card names no license, so nobody knows what they may do with the model: set hub.license"
-            )
-        if dry_run:
-            _show(files)
-            return None
+        access = _check(hub, repo_id, files)
         if hub.verify != "files" and test_split is None:
             test_split = _test_images(run)  # before anything is sent: what cannot be proven is not published
         commit = commit_files(
-            hub.model_id,
+            repo_id,
             "model",
             files,
             _is_stale,
-            f"Upload {run.path.resolve().name} with vit-finetune",
+            f"Upload {one_line(run.path.resolve().name)} with vit-finetune",
             private=hub.private,
             revision=hub.revision,
-            create_pr=hub.create_pr,
+            pr_author=access.user if hub.create_pr else None,
         )
         say(f"published: {commit.address} ({_sent(commit, files)})")
         if hub.tag is not None:
-            set_tag(hub.model_id, hub.tag, commit.oid)
+            set_tag(repo_id, hub.tag, commit, files)
         _verify(run, commit, files, test_split if hub.verify != "files" else None, hub.verify == "full")
     return commit
 
@@ -100,55 +139,67 @@ def _check_run(run: Run, force: bool) -> list[str]:
         )
     then, now = run.read_provenance().get("scored", {}), run.sum_scored()
     edited = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    papers = [name for name in edited if not name.startswith("model/")]
-    if papers or (edited and not force):
+    kept = [name for name in edited if not name.startswith("model/") or name not in now]
+    if kept or (edited and not force):
         raise RunError(
-            f"{run.path}: {', '.join(edited)} {'is' if len(edited) == 1 else 'are'} not what was there after "
+            f"{run.path}: {first_of(edited)} {'is' if len(edited) == 1 else 'are'} not what was there after "
             f"scoring, so the scores are of something else. "
             + (
-                "Bring back the reports and predictions as they were"
-                if papers
+                f"Bring back {first_of(kept)} as scoring left it"
+                if kept
                 else "Bring back the files as they were, or publish them with --force: the card will say so"
             )
         )
+    for name in edited:
+        _check_forced(run, run.path / name)
     return [name.removeprefix("model/") for name in edited]
+
+
+def _check_forced(run: Run, path: Path) -> None:
+    """Raises RunError for what is published in no case, though it lies in `model/`."""
+    if not path.resolve().is_relative_to(run.model.resolve()):
+        raise RunError(
+            f"{path} is a link out of the model's folder. Replace it by the file that it stands for"
+        )
+    if path.suffix.lower() in RUNNING:
+        raise RunError(
+            f"{path}: a published model runs no code of its own, and has no pickles, which could. Remove it"
+        )
+    if path.name != one_line(path.name):
+        raise RunError(f"{one_line(str(path))}: its name holds what cannot be shown. Rename it")
 
 
 def _contents(run: Run, hub: HubConfig, edited: Sequence[str]) -> dict[str, Path | bytes]:
     """What the repository shall hold, by path: the model's folder, its card made for the place it goes to."""
     folder: dict[str, Path | bytes] = {
-        path.relative_to(run.model).as_posix(): path
-        for path in sorted(run.model.rglob("*"))
-        if path.is_file()
+        path.relative_to(run.model).as_posix(): path for path in run.visible_files(run.model)
     }
     papers = {"README.md": publishable_card(run, hub, edited), **build_eval_entries(run)}
     return folder | {name: text.encode() for name, text in papers.items()}
 
 
 def _is_stale(path: str) -> bool:
-    """Whether a file of the repository, none of ours, would be taken for weights of the model."""
-    return path.endswith((".safetensors", ".safetensors.index.json", ".h5", ".msgpack")) or (
-        path.startswith("pytorch_model") and ".bin" in path
-    )
+    """Whether a file of the repository, none of ours, would be taken for this model's weights or score."""
+    return STALE.fullmatch(path) is not None
 
 
-def _check(hub: HubConfig, files: Files | None) -> None:
+def _check(hub: HubConfig, repo_id: str, files: Files | None) -> Access:
     """Says where the files will go; `files` is None where they are not made yet."""
-    assert hub.model_id is not None
-    access = check_access(hub.model_id, "model", hub.private, hub.create_pr)
+    access = check_access(repo_id, "model", hub.private, hub.create_pr)
     if hub.tag is not None and access.exists:
-        check_tag_free(hub.model_id, hub.tag, files)
-    where = f"{hub.model_id}@{hub.revision}" if hub.revision else hub.model_id
+        check_tag_free(repo_id, hub.tag, files)
+    check_card(repo_id, files.text("README.md") if files else smallest_card(hub))
+    where = f"{repo_id}@{hub.revision}" if hub.revision else repo_id
     state = "a new repository" if not access.exists else "private" if access.private else "public"
     say(f"hub: {where} ({state}), as {access.user}")
+    return access
 
 
 def _show(files: Files) -> None:
     """What would be sent, and the card, on stdout."""
     for path, size in sorted(files.sizes.items()):
         answer(f"{memory(size):>10}  {path}")
-    with files.operations["README.md"].as_file() as card:
-        answer(f"\n{card.read().decode()}")
+    answer(f"\n{files.text('README.md')}")
     say(f"{len(files.sizes)} files, {memory(sum(files.sizes.values()))}; nothing was sent")
 
 
@@ -185,7 +236,8 @@ def _verify(run: Run, commit: Commit, files: Files, split: datasets.Dataset | No
     wrong = f"{commit.address} is published, but"
     with tempfile.TemporaryDirectory(prefix="vit-finetune-") as cache:
         try:
-            folder = download_model(commit.repo_id, commit.oid, Path(cache), list(files.sizes))
+            patterns = [glob.escape(path) for path in files.sizes]
+            folder = download_model(commit.repo_id, commit.oid, Path(cache), patterns)
         except Exception as error:
             if is_disk_full(error):
                 raise RunError(

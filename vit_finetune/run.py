@@ -330,14 +330,20 @@ class Run:
         That is `model/` but for the card, `reports/` and `predictions/`.
         """
         files = [
-            path for name in ("model", "reports", "predictions") for path in (self.path / name).rglob("*")
+            path
+            for name in ("model", "reports", "predictions")
+            for path in self.visible_files(self.path / name)
         ]
         card = self.model / "README.md"
-        return {
-            path.relative_to(self.path).as_posix(): sha256_of(path)
-            for path in sorted(files)
-            if path.is_file() and path != card
-        }
+        return {path.relative_to(self.path).as_posix(): sha256_of(path) for path in files if path != card}
+
+    def visible_files(self, folder: Path) -> list[Path]:
+        """The files of one of its folders, sorted, but for those that file browsers, editors and git hide."""
+        return [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
 
     def remove_leftovers(self) -> None:
         """Removes what a killed process was writing: `written_whole`'s and `folder_written_whole`'s."""

@@ -191,6 +191,12 @@ class EvaluationConfig(Section):
     """How many of the worst mistakes the report shows."""
 
 
+_NO_REF = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^@$|(?:^|/)[.-]|^/|[./]$|\.lock(?:/|$)|^HEAD$|^refs/"
+)
+"""What git's check-ref-format refuses in the name of a branch or tag; and whole refs, which are no names."""
+
+
 class HubConfig(Section):
     """Section `hub:`: where the model is published, and what its card says beside the numbers."""
 
@@ -214,10 +220,22 @@ class HubConfig(Section):
     """After the push everything is downloaded again and compared; how many test images are then scored anew:
     64, all, or none."""
 
+    @field_validator("revision", "tag")
+    @classmethod
+    def _names_a_ref(cls, value: str | None) -> str | None:
+        if value is not None and (not value or _NO_REF.search(value)):
+            raise ValueError(
+                "is no name for a branch or tag: expected letters, digits and - _ . /, beginning and ending "
+                "with a letter or digit, such as v1.0"
+            )
+        return value
+
     @model_validator(mode="after")
     def _says_where(self) -> HubConfig:
-        if self.push and self.model_id is None:
+        if self.push and not self.model_id:
             raise ValueError("push needs to know where to: write model_id (owner/name)")
+        if self.tag in (self.revision or "main", "main"):
+            raise ValueError(f"{self.tag} is a branch already: write another tag, such as v1.0")
         if self.create_pr and self.tag is not None:
             raise ValueError("a pull request may never be merged: leave out tag, or create_pr")
         if self.create_pr and self.revision is not None:

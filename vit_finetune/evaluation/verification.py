@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import pipeline
 
 from vit_finetune.console import progress
 from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.transforms import ImageFiles
 from vit_finetune.evaluation.scoring import best_device, compute_label_metrics
 from vit_finetune.model.loading import quiet_transformers
@@ -86,15 +89,36 @@ def _check_predictions(table: pyarrow.Table, report: Report) -> None:
 
 
 def _classify(model: Path, split: datasets.Dataset, rows: list[int] | range, labels: list[str]) -> np.ndarray:
-    """Probabilities `(images, classes)` by the stock pipeline, in the order of the labels."""
-    with quiet_transformers():
+    """Probabilities `(images, classes)` by the stock pipeline, in the order of the labels.
+
+    Raises:
+        RunError: it cannot be used, or its classes are others.
+    """
+    with quiet_transformers(), _explaining_faults():
         classify = pipeline("image-classification", model=str(model), device=best_device())
+    if others := sorted(set(labels) ^ set(classify.model.config.id2label.values())):
+        raise RunError(f"what was downloaded has other classes than the report: {first_of(others)}")
     files, number = ImageFiles(split), {label: place for place, label in enumerate(labels)}
     found = np.full((len(rows), len(labels)), np.nan)
     with progress("scoring what was downloaded", len(rows), "images") as advance:
         for place, row in enumerate(rows):
             image = Image.fromarray(files[row].permute(1, 2, 0).numpy())
-            for answer in classify(image, top_k=len(labels)):
+            with _explaining_faults():
+                answers = classify(image, top_k=len(labels))
+            for answer in answers:
                 found[place, number[answer["label"]]] = answer["score"]
             advance()
     return found
+
+
+@contextmanager
+def _explaining_faults() -> Iterator[None]:
+    """A block in which transformers tells, in whatever way, that files of a model do not go together."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise RunError(
+            f"what was downloaded cannot be used ({type(error).__name__}: {reason}). Mend the files, or "
+            f"bring back those that were scored, and push again"
+        ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,6 @@ from huggingface_hub import (
 )
 
 from vit_finetune.files import write_text
-from vit_finetune.hub_repos import parse_hub_id
 from vit_finetune.publishing.markdown import build_environment
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
@@ -48,6 +49,9 @@ from vit_finetune.run import TOLD, Finding, Report, Run, RunError
 
 MOST_NAMED = 5
 """Images that the card names of each finding; their number stands in its sentence."""
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?\n|)---[ \t]*(?:\n(.*)|)", re.DOTALL)
+_NOWHERE = "path/to/this/folder"
+"""What stands in the usage where the model has no id."""
 
 
 def write_card(run: Run) -> Path:
@@ -72,24 +76,55 @@ def publishable_card(run: Run, hub: HubConfig, edited: Sequence[str] = ()) -> st
         edited: files that are no longer what was scored.
 
     Raises:
-        RunError: the front matter of the run's own card is no YAML.
+        RunError: the run's own card cannot be read.
     """
-    card, own = build_card(run, hub, edited), run.model / "README.md"
-    text = own.read_text(encoding="utf-8") if own.is_file() else ""
-    if not text or text == build_card(run):
+    card, written = build_card(run, hub, edited), _written_card(run)
+    if written is None:
         return card
-    try:
-        theirs, ours = ModelCard(text, ignore_metadata_errors=False), ModelCard(card)
-    except (ValueError, yaml.YAMLError) as error:
-        raise RunError(
-            f"{own}: its front matter cannot be read: {error}. Mend it, or remove the file"
-        ) from None
-    old, new = (yaml.safe_load(str(data)) or {} for data in (theirs.data, ours.data))
-    tags = [*(old.get("tags") or []), *(new.get("tags") or [])]
+    old, text = written
+    new = yaml.safe_load(str(ModelCard(card).data))
+    tags = [*old.get("tags", []), *new["tags"]]
     front = old | new | {"tags": list(dict.fromkeys(tags))}
     said = f"\n{_edited_warning(edited)}\n" if edited else ""
     lines = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{lines}---\n{said}{theirs.text}"
+    text = text.replace(f'model="{_NOWHERE}"', f'model="{hub.model_id}"')  # which nobody knew before
+    return f"---\n{lines}---\n{said}{text}"
+
+
+def publishable_license(run: Run, hub: HubConfig) -> str | None:
+    """The license that `publishable_card` names: the hub section's, or else that of the run's own card."""
+    written = None if hub.license else _written_card(run)
+    return hub.license or (written[0].get("license") if written else None)
+
+
+def smallest_card(hub: HubConfig) -> str:
+    """A card of what is known before there is a run, for the Hub to look at."""
+    return str(ModelCard(f"---\n{ModelCardData(license=hub.license, tags=hub.tags or None)}\n---\n"))
+
+
+def _written_card(run: Run) -> tuple[dict[str, Any], str] | None:
+    """Front matter and text of the run's own card where somebody wrote into it; None where nobody did.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    own = run.model / "README.md"
+    try:
+        text = own.read_text(encoding="utf-8-sig") if own.is_file() else ""  # -sig: as Notepad writes it
+        if not text.strip() or text == build_card(run):
+            return None
+        parts = _FRONT_MATTER.fullmatch(text)
+        front = (yaml.safe_load(parts[1]) if parts else None) or {}
+        if not isinstance(front, dict):
+            raise RunError(
+                f"{own}: its front matter is no mapping (`key: value`). Mend it, or remove the file"
+            )
+        tags = front.get("tags") or []
+        front["tags"] = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{own}: cannot be read: {reason}. Mend it, or remove the file") from None
+    return front, parts[2] if parts else f"\n{text}"
 
 
 def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = ()) -> str:
@@ -112,9 +147,9 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         pixels=pixels,
     )
     report = record.headline
-    own = yaml.safe_dump(
-        values_without_paths(record.own_recipe), sort_keys=False, allow_unicode=True, width=100
-    )
+    # Without `hub:`, so that who repeats it does not push to this place, or read of another one.
+    set_keys = {section: keys for section, keys in record.own_recipe.items() if section != "hub"}
+    own = yaml.safe_dump(values_without_paths(set_keys), sort_keys=False, allow_unicode=True, width=100)
     return environment.get_template("model_card.md.jinja").render(
         front_matter=Markdown(_metadata(record).to_yaml()),
         title=_model_name(record),
@@ -130,8 +165,8 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         scores=score_rows(record),
         facts=_facts(record),
         usage=fenced(_usage(record), "python"),
-        recipe=fenced(own, "yaml") if record.own_recipe else None,
-        command=fenced(without_paths(str(record.provenance.get("command") or "")), "bash"),
+        recipe=fenced(own, "yaml") if set_keys else None,
+        command=fenced(without_paths(_command(record)), "bash"),
         findings=_warnings(record),
         edited=_edited_warning(edited),
     )
@@ -159,12 +194,23 @@ def _model_name(record: Record) -> str:
 def _usage(record: Record) -> str:
     model_id, revision = record.setting("hub", "model_id"), record.setting("hub", "revision")
     pinned = f', revision="{revision}"' if model_id and revision else ""
-    name = model_id or "path/to/this/folder"
+    name = model_id or _NOWHERE
     return (
         "from transformers import pipeline\n\n"
         f'classifier = pipeline("image-classification", model="{name}"{pinned})\n'
         'print(classifier("photo.jpg"))'
     )
+
+
+def _command(record: Record) -> str:
+    """What was typed, without where it was to be published."""
+    typed = str(record.provenance.get("command") or "")
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # not typed into a shell
+        return typed
+    kept = [word for word in words if not word.startswith("hub.")]
+    return typed if kept == words else shlex.join(kept)
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:
@@ -193,13 +239,14 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def hub_id(value: Any) -> str | None:
-    """The value if it is the id of a Hub repository, `owner/name`, and no folder of that name is here."""
-    named = parse_hub_id(value) if isinstance(value, str) else None
-    return named[0] if named else None
+    """The id in a value that has the form `owner/name[@revision]`."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@.+)?", value, re.ASCII) if isinstance(value, str) else None
+    return match[1] if match else None
 
 
 def _metadata(record: Record) -> ModelCardData:
-    base_model = hub_id(record.setting("model", "path"))
+    # Only of the Hub's is the commit known: `models/vit` may be a folder, here or where the run was made.
+    base_model = hub_id(record.setting("model", "path")) if record.model.get("revision") else None
     dataset = _dataset_id(record)
     own_tags = [one_line(str(tag)) for tag in record.setting("hub", "tags") or []]
     return ModelCardData(
@@ -216,7 +263,7 @@ def _metadata(record: Record) -> ModelCardData:
 
 
 def _dataset_id(record: Record) -> str | None:
-    return hub_id(record.setting("data", "path")) if record.data.get("source") in (None, "hub") else None
+    return hub_id(record.setting("data", "path")) if record.data.get("source") == "hub" else None
 
 
 def _dataset_revision(record: Record) -> str | None:

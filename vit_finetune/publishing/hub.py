@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
 from vit_finetune.console import warn
-from vit_finetune.hub_repos import Kind, explaining_errors, persist, web_address
+from vit_finetune.hub_repos import Kind, explaining_errors, hub_address, persist, web_address
 from vit_finetune.run import RunError
 
 OURS = "vit-finetune"
@@ -66,8 +68,17 @@ def check_access(
         RunError: no token or one that may not write there, no valid name, a repository that holds something
             else or is seen by others than asked for, or no connection.
     """
+    if constants.is_offline_mode():
+        raise RunError(
+            f"{repo_id}: HF_HUB_OFFLINE keeps this command from the network, so nothing can be "
+            f"published. Unset it"
+        )
+    if not (get_token() or "").isascii():
+        raise RunError(
+            "your token holds characters that no token has. Copy it again: `hf auth login`, or HF_TOKEN"
+        )
     with explaining_errors(repo_id, kind):
-        who = persist(f"asking {constants.ENDPOINT} who you are", HfApi().whoami)
+        who = persist(f"asking {hub_address()} who you are", HfApi().whoami)
         user = str(who["name"])
         _check_name(repo_id, user)
         _check_role(who)
@@ -90,6 +101,21 @@ def check_access(
                 f"or leave out what asks for it"
             )
         return Access(user, exists=True, private=bool(info.private))
+
+
+def check_card(repo_id: str, text: str) -> None:
+    """Makes sure that the Hub will take the front matter of a card, such as its license.
+
+    Raises:
+        RunError: it will not, and why.
+    """
+    with explaining_errors(repo_id):
+        try:
+            persist(f"showing the card to {hub_address()}", ModelCard(text).validate)
+        except ValueError as error:  # the Hub's answer, JSON
+            found = re.findall(r'"message":\s*("(?:[^"\\]|\\.)*")', str(error))
+            reasons = "; ".join(" ".join(json.loads(reason).split()) for reason in dict.fromkeys(found))
+            raise RunError(f"{repo_id}: the Hub does not take what the card says: {reasons}") from None
 
 
 def _info(repo_id: str, kind: str, revision: str | None = None) -> Any:
@@ -123,7 +149,7 @@ def _check_role(who: Mapping[str, Any]) -> None:
     token = (who.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise RunError(
-            f"your token may only read. Make one that may write on {constants.ENDPOINT}/settings/tokens, and "
+            f"your token may only read. Make one that may write on {hub_address()}/settings/tokens, and "
             f"log in with it: `hf auth login`, or HF_TOKEN"
         )
 
@@ -146,13 +172,14 @@ def _check_namespace(repo_id: str, who: Mapping[str, Any]) -> None:
 
 def _check_no_other_kind(repo_id: str, kind: Kind) -> None:
     for other in ("model", "dataset", "space"):
-        if other != kind and HfApi().repo_exists(repo_id, repo_type=other):
+        exists = partial(HfApi().repo_exists, repo_id, repo_type=other)
+        if other != kind and persist(f"looking at {repo_id}", exists):
             raise RunError(f"{repo_id} is a {other} on the Hub, and no {kind}. Name another repository")
 
 
 def _check_may_write(repo_id: str, kind: Kind, user: str) -> None:
     try:
-        HfApi().auth_check(repo_id, repo_type=kind, write=True)
+        persist(f"looking at {repo_id}", lambda: HfApi().auth_check(repo_id, repo_type=kind, write=True))
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403, 404):
             raise
@@ -200,6 +227,11 @@ class Files:
         """The checksum of one, in hex."""
         return str(self.operations[path].upload_info.sha256.hex())
 
+    def text(self, path: str) -> str:
+        """What stands in one, which is UTF-8."""
+        with self.operations[path].as_file() as opened:
+            return opened.read().decode()
+
     def differing(self, there: Iterable[RepoSibling] | None) -> list[str]:
         """The paths of those that are not, or are other ones, among a repository's files."""
         known = {file.rfilename: file for file in there or []}
@@ -225,7 +257,7 @@ def commit_files(
     *,
     private: bool | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
+    pr_author: str | None = None,
 ) -> Commit:
     """Makes a repository hold these files, in one commit; none where it does already.
 
@@ -240,7 +272,7 @@ def commit_files(
         message: of the commit; the title of the pull request.
         private: whether a new repository is; the owner's default if None.
         revision: branch to commit to, made where it is not there; `main` if None.
-        create_pr: whether to open a pull request instead, or renew the one that is open.
+        pr_author: the user who opens a pull request instead, or renews their own that is open.
 
     Raises:
         RunError: the Hub does not take it.
@@ -248,9 +280,11 @@ def commit_files(
     api = HfApi()
 
     def attempt() -> Commit:
-        if not create_pr and not api.repo_exists(repo_id, repo_type=kind):
+        if not pr_author and not api.repo_exists(repo_id, repo_type=kind):
             api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
-        branch = _branch(repo_id, kind, revision, message if create_pr else None)
+        branch = (
+            _open_pr(repo_id, kind, message, pr_author) if pr_author else _branch(repo_id, kind, revision)
+        )
         info = _info(repo_id, kind, branch)
         if info is None:
             raise RunError(f"{repo_id}: the repository is gone")
@@ -259,7 +293,7 @@ def commit_files(
         deleted = [path for path in there if path not in files.operations and is_stale(path)]
         if not sent and not deleted:
             return Commit(repo_id, info.sha, _address(repo_id, kind, branch, info.sha), [], [])
-        opens_pr = create_pr and branch == MAIN
+        opens_pr = pr_author is not None and branch == MAIN
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(files.operations[path] for path in sent),
             *map(CommitOperationDelete, deleted),
@@ -280,19 +314,24 @@ def commit_files(
         return persist(f"pushing to {repo_id}", attempt)
 
 
-def _branch(repo_id: str, kind: Kind, revision: str | None, pull_request: str | None) -> str:
-    """The branch to commit to: made where it is not there; of a pull request of this title that is open."""
-    api = HfApi()
-    if pull_request is not None:
-        found = api.get_repo_discussions(
-            repo_id, repo_type=kind, discussion_type="pull_request", discussion_status="open"
-        )
-        numbers = [request.num for request in found if request.title == pull_request]
-        return f"refs/pr/{max(numbers)}" if numbers else MAIN
-    if revision not in (None, MAIN):
-        api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
-        return revision
-    return MAIN
+def _branch(repo_id: str, kind: Kind, revision: str | None) -> str:
+    """The branch to commit to, made where it is not there."""
+    if revision is None or revision == MAIN:
+        return MAIN
+    HfApi().create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
+    return revision
+
+
+def _open_pr(repo_id: str, kind: Kind, title: str, user: str) -> str:
+    """The ref of a user's open pull request of this title; `main` where there is none.
+
+    Others' may have the same title: runs are often called the same.
+    """
+    found = HfApi().get_repo_discussions(
+        repo_id, author=user, repo_type=kind, discussion_type="pull_request", discussion_status="open"
+    )
+    numbers = [request.num for request in found if request.title == title]
+    return f"refs/pr/{max(numbers)}" if numbers else MAIN
 
 
 def _address(repo_id: str, kind: Kind, branch: str, commit: str) -> str:
@@ -308,35 +347,36 @@ def _address(repo_id: str, kind: Kind, branch: str, commit: str) -> str:
 def check_tag_free(repo_id: str, tag: str, files: Files | None) -> None:
     """Raises RunError where a tag names other files than these already; any, where they are not known."""
     with explaining_errors(repo_id):
-        target = tag_target(repo_id, tag)
-        if target is None:
-            return
-        held = _info(repo_id, "model", target)
-    if files is None or files.differing(held.siblings):
+        target, held = persist(f"looking at the tags of {repo_id}", lambda: _tagged(repo_id, tag))
+    if target is not None and (files is None or files.differing(held)):
         raise RunError(
             f"{repo_id}: the tag {tag} names another commit already ({target[:7]}). Choose another tag"
         )
 
 
-def tag_target(repo_id: str, tag: str) -> str | None:
-    """The commit that a tag of a model names; None where there is no such tag, or no such model."""
-    try:
-        refs = HfApi().list_repo_refs(repo_id)
-    except RepositoryNotFoundError:
-        return None
-    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+def _tagged(repo_id: str, tag: str) -> tuple[str | None, list[RepoSibling]]:
+    """The commit that a tag of a model names, and its files; None where there is no such tag."""
+    refs = HfApi().list_repo_refs(repo_id)
+    if any(branch.name == tag for branch in refs.branches):
+        raise RunError(f"{repo_id}: {tag} is a branch there, so it cannot be a tag too. Choose another tag")
+    target = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    info = _info(repo_id, "model", target) if target else None
+    return target, (info.siblings or [] if info else [])
 
 
-def set_tag(repo_id: str, tag: str, commit: str) -> None:
-    """Gives a commit of a model a tag; nothing where it has it.
+def set_tag(repo_id: str, tag: str, commit: Commit, files: Files) -> None:
+    """Gives a commit of a model a tag; it stays at an earlier one that holds the same files.
 
     Raises:
-        RunError: another commit has it.
+        RunError: a commit of other files has it.
     """
 
     def attempt() -> None:
-        if tag_target(repo_id, tag) != commit:
-            HfApi().create_tag(repo_id, tag=tag, revision=commit)
+        HfApi().create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
 
     with explaining_errors(repo_id):
         persist(f"tagging {repo_id}", attempt)
+    try:
+        check_tag_free(repo_id, tag, files)
+    except RunError as error:  # somebody was faster
+        raise RunError(f"{commit.address} is published, but {error}") from None

@@ -204,10 +204,10 @@ def duration(seconds: float) -> str:
 
 
 def memory(size: float) -> str:
-    """Bytes as "3 kB", "812 MB" or "24.5 GB", decimal."""
-    if size >= 1e9:
-        return f"{size / 1e9:.1f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    """Bytes as "812 B", "35 kB", "812 MB" or "24.5 GB", decimal."""
+    if size < 1e6:
+        return f"{size:.0f} B" if size < 1e3 else f"{size / 1e3:.0f} kB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def pixels(size: Iterable[int] | None) -> str | None:
