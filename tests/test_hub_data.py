@@ -10,15 +10,17 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import Say, draw_folder, draw_image, tiny_recipe
+from conftest import TINY_VIT, Say, draw_folder, draw_image, tiny_recipe
+from fork_server import IMPATIENT
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub, Repo
 from PIL import ExifTags, Image, PngImagePlugin
 
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.evaluation.scoring import _other_data
+from vit_finetune.model.loading import load_model
 from vit_finetune.publishing.dataset import tells_place, write_parquet
-from vit_finetune.recipe import DataConfig, RecipeError, build_recipe
+from vit_finetune.recipe import DataConfig, ModelConfig, RecipeError, build_recipe
 from vit_finetune.run import Run, RunError
 
 ODD = 'red "x|y" 🎉 `z` *b*'
@@ -119,6 +121,18 @@ def test_a_folder_is_the_same_data_up_and_down_again(hub: LoopbackHub, say: Say,
         json.loads(out)["num_images"]
         == json.loads((by_id.path / "reports/test.json").read_text())["num_images"]
     )
+    # Into an empty cache, with faults that pass: of all that the clients have to say, only ours is shown.
+    hub.fault("GET", "/api/datasets/ann/photos", status=503)
+    hub.fault("GET", "/content/", drop_response_after=100)
+    words = ("evaluate", by_id.path, "--data", "ann/photos")
+    code, _, told = say(*words, user="bob", before=IMPATIENT)
+    assert code == 0 and "looking at ann/photos: the Hub answers 503; trying again" in told, told
+    assert "Generating" not in told and "://" not in told
+    code, _, told = say(*words, user="bob", HF_HUB_OFFLINE="1")
+    commit = repo.commits()[0].id
+    assert code == 0 and f"HF_HUB_OFFLINE is set; taken from the cache, commit {commit}" in told, told
+    assert "latest cached" not in told
+
     (photos / "blue" / "empty.png").write_bytes(b"")
     code, _, told = say("upload-data", photos, "ann/photos")
     assert code == 1 and "blue/empty.png: 0 bytes" in told and len(repo.commits()) == 4
@@ -140,10 +154,13 @@ def test_what_the_hub_does_not_give_is_one_message(hub: LoopbackHub, say: Say, t
         files={"README.md": b"---\nlicense: mit\n---\n", "data/train.csv": b"a"},
     )
     hub.create("bob/open", "dataset", files={"data/train.csv": b"a"})
+    subsets = "".join(f"- config_name: {name}\n  data_files: {name}.csv\n" for name in "xy")
+    several = {"README.md": f"---\nconfigs:\n{subsets}---\n".encode(), "x.csv": b"a", "y.csv": b"a"}
+    hub.create("bob/several", "dataset", files=several)
 
     def message(path: str, *words: str, user: str | None = "ann", streams: bool = False, **told: str) -> str:
         recipe, _ = write_recipe(tmp_path, path, "run", **({"streaming": True} if streams else {}))
-        code, _, said = say("check", recipe, *words, user=user, **told)
+        code, _, said = say("check", recipe, *words, user=user, before=IMPATIENT, **told)
         assert code == 1 and said.count("error: ") == 1, said
         return said
 
@@ -151,6 +168,8 @@ def test_what_the_hub_does_not_give_is_one_message(hub: LoopbackHub, say: Say, t
     assert "that needs a token" in message("bob/secret", user=None)
     for streams in (False, True):
         assert "bob/gated is gated: its owners decide" in message("bob/gated", streams=streams)
+        assert "bob/several has the subsets x, y. Set data.subset" in message("bob/several", streams=streams)
+    assert "bob/several has the subsets x, y, and no z" in message("bob/several", "data.subset=z")
     assert "bob/open has no branch, tag or commit 'v9'" in message("bob/open", "data.revision=v9")
     assert "HF_HUB_OFFLINE keeps" in message("bob/open", HF_HUB_OFFLINE="1")
     hub.kill()
@@ -182,6 +201,24 @@ def test_where_images_were_taken_does_not_become_public_by_accident(
     assert code == 1 and "holds something else" in told
     code, _, told = say("upload-data", photos, "bob/photos", "--with-gps")
     assert code == 1 and "you are ann" in told
+
+
+@pytest.mark.hub
+def test_a_model_with_its_image_processor_in_the_processor(
+    hub: LoopbackHub, say: Say, tmp_path: Path
+) -> None:
+    """As transformers 5 writes it for models that take text too, such as CLIP."""
+    for part in load_model(ModelConfig(config=TINY_VIT), ["blue", "red"]):
+        part.save_pretrained(tmp_path / "model")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    whole = {
+        "processor_class": "CLIPProcessor",
+        "image_processor": json.loads(files.pop("preprocessor_config.json")),
+    }
+    hub.create("ann/model", files=files | {"processor_config.json": json.dumps(whole).encode()})
+    draw_image((1, 2, 3), 5).save(tmp_path / "0.png")
+    code, out, told = say("predict", "ann/model", tmp_path / "0.png", "--json")
+    assert code == 0 and len(json.loads(out)[0]["predictions"]) == 2, told
 
 
 # --------------------------------------------------------------------------- without a Hub

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Say, draw_folder, tiny_recipe
-from fork_server import QUICK
+from fork_server import IMPATIENT, QUICK
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 
@@ -16,9 +16,6 @@ from vit_finetune.finetuning import finetune
 from vit_finetune.run import Report, Run
 
 pytestmark = [pytest.mark.hub, pytest.mark.slow]
-
-IMPATIENT = "\nimport time\ntime.sleep = lambda seconds: None\n"
-"""Source to run before where only the number of further tries matters, not how long they wait."""
 
 
 @pytest.fixture(scope="session")

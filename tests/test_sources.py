@@ -102,6 +102,10 @@ def test_hub_ids_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "a/photos.zip",
         "a/b.csv",
         "photos/",
+        "öä/fotos",
+        "a/.hidden",
+        "a--b/c",
+        "a/b@v1",
     ]
     assert not any(map(is_hub_id, paths))
 

@@ -12,14 +12,15 @@ import datasets
 import pyarrow as pa
 from huggingface_hub import HfApi
 
+from vit_finetune.console import say
 from vit_finetune.data.sources.archives import is_archive
 from vit_finetune.data.sources.columns import Source, column_array, column_values, common_labels
-from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of
+from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of
 from vit_finetune.data.sources.groups import group_names
 from vit_finetune.data.sources.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column
 from vit_finetune.data.sources.tables import SUFFIXES as TABLE_SUFFIXES
 from vit_finetune.files import is_disk_full
-from vit_finetune.hub_repos import explaining_errors, resolve_commit
+from vit_finetune.hub_repos import explaining_errors, parse_hub_id, resolve_commit
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -32,9 +33,8 @@ def is_hub_id(path: str) -> bool:
 
     A Hub id has an owner; a misspelt path, archive or table should not send anybody to the network.
     """
-    looks = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
     is_file_name = is_archive(Path(path)) or Path(path).suffix.lower() in TABLE_SUFFIXES
-    return looks and not is_file_name and not Path(path).exists()
+    return not is_file_name and parse_hub_id(path) == (path, None)
 
 
 def load_hub_dataset(config: DataConfig) -> Source:
@@ -76,11 +76,32 @@ def load_from_hub(config: DataConfig, streaming: bool = False) -> tuple[Any, str
                 raise
             if commit is not None:
                 HfApi().auth_check(where, repo_type="dataset")  # `datasets` hides that it is gated
+            if isinstance(error, ValueError):
+                _check_subset(config, commit)
             raise RunError(
                 f"{where}: could not be loaded from the Hub ({type(error).__name__}: {error}). It is no "
                 f"folder or file on this machine either; set data.path=…"
             ) from error
-    return loaded, commit if streaming else _check_commit(loaded, commit, config)
+    if streaming:
+        return loaded, commit
+    found = _check_commit(loaded, commit, config)
+    if commit is None:
+        say(f"{where}: HF_HUB_OFFLINE is set; taken from the cache{f', commit {found}' if found else ''}")
+    return loaded, found
+
+
+def _check_subset(config: DataConfig, commit: str | None) -> None:
+    """Raises RunError where it is the subset that a dataset could not be loaded for."""
+    try:
+        subsets = datasets.get_dataset_config_names(config.path, revision=commit or config.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError):
+        return  # something else is wrong with it
+    if config.subset in subsets or (config.subset is None and len(subsets) < 2):
+        return
+    instead = "" if config.subset is None else f", and no {config.subset}"
+    raise RunError(
+        f"{config.path} has the subsets {first_of(subsets, 20)}{instead}. Set data.subset=… to one of them"
+    )
 
 
 def _check_commit(loaded: datasets.DatasetDict, commit: str | None, config: DataConfig) -> str | None:
