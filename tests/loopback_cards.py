@@ -8,6 +8,12 @@ from typing import Any
 import yaml
 from loopback_objects import HubError
 
+_LICENSES = (
+    *("apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "unlicense"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "odbl", "openrail", "unknown", "other"),
+)
+"""Identifiers that the Hub takes; it knows more."""
+
 
 def check_card(content: str) -> dict[str, Any]:
     """The metadata at the head of a README.md; empty where there is none.
@@ -24,6 +30,10 @@ def check_card(content: str) -> dict[str, Any]:
         raise HubError(400, f"Invalid metadata in README.md: {error}") from error
     if not isinstance(found, dict | None):
         raise HubError(400, "Invalid metadata in README.md: it is no mapping")
+    licenses = (found or {}).get("license") or []
+    for license in licenses if isinstance(licenses, list) else [licenses]:
+        if license not in _LICENSES:
+            raise HubError(400, f'"license" must be one of [{", ".join(_LICENSES)}]')
     return found or {}
 
 

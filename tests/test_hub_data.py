@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.evaluation.scoring import _other_data
 from vit_finetune.model.loading import load_model
+from vit_finetune.publishing import dataset
 from vit_finetune.publishing.dataset import tells_place, write_parquet
 from vit_finetune.recipe import DataConfig, ModelConfig, RecipeError, build_recipe
 from vit_finetune.run import Run, RunError
@@ -221,6 +222,89 @@ def test_a_model_with_its_image_processor_in_the_processor(
     assert code == 0 and len(json.loads(out)[0]["predictions"]) == 2, told
 
 
+@pytest.mark.hub
+def test_how_the_data_is_read_can_be_said(hub: LoopbackHub, say: Say, tmp_path: Path) -> None:
+    photos = draw_folder(tmp_path / "photos")
+    (photos / "red" / "12.png").touch()
+    rows = [
+        f"photos/{path.relative_to(photos)},{path.parent.name},{int(path.stem) // 3}"
+        for path in sorted(photos.rglob("*.png"))
+    ]
+    table = tmp_path / "scans.csv"
+    table.write_text("\n".join(["file,diagnosis,patient", *rows]))
+    words = ("data.label_column=diagnosis", "data.group=patient")
+    code, _, told = say("upload-data", table, "ann/scans", *words)
+    assert code == 1 and "data.on_unreadable=skip" in told and not hub.store.repos
+    code, _, told = say("upload-data", table, "ann/scans", *words, "data.on_unreadable=skip")
+    assert code == 0, told
+    repo = hub.repo("ann/scans", "dataset")
+    assert "data.path=ann/scans data.group=group" in repo.files()["README.md"].decode()
+    loaded = datasets.load_dataset(str(write_repository(repo, tmp_path / "copy")), split="train")
+    assert len(loaded) == 36 and all(
+        int(Path(name).stem) // 3 == int(group) for name, group in zip(loaded["file_name"], loaded["group"])
+    )
+    for wrong in ("data.fold=1/5", "group=patient", "model.path=x"):
+        code, _, told = say("upload-data", table, "ann/scans", wrong)
+        assert code == 2 and f"{wrong}: expected key=value, the key of data.subset" in told
+    code, _, told = say("upload-data", "ann/scans@v1", "ann/copy")
+    assert code == 2 and "write path ann/scans and revision v1" in told and "pydantic" not in told
+
+
+@pytest.mark.hub
+def test_what_people_wrote_into_the_card_stays(hub: LoopbackHub, say: Say, tmp_path: Path) -> None:
+    photos = draw_folder(tmp_path / "photos")
+    begun = hub.create("ann/photos", "dataset", files={"README.md": b"# My photos\n\nOf my garden.\n"})
+
+    def upload(*words: str) -> str:
+        code, _, told = say("upload-data", photos, "ann/photos", *words)
+        assert code == 0, told
+        return begun.files()["README.md"].decode()
+
+    card = upload("--license", "mit")
+    assert card.count("# My photos\n\nOf my garden.\n\n<!-- vit-finetune:") == 1 and "36 images of 3" in card
+    written = card.replace("pretty_name: photos", "pretty_name: Garden\nlanguage: [en]").replace("\n", "\r\n")
+    files = {"README.md": begun.objects.regular((written + "\r\nCite me.").encode())}
+    hub.store.add(begun, "main", "ann", "By hand", files=files)
+    assert upload() == written + "\r\nCite me." and len(begun.commits()) == 4, "nothing to renew"
+    (photos / "red" / "0.png").unlink()
+    card = upload()
+    front = DatasetCard(card).data.to_dict()
+    assert (front["pretty_name"], front["language"], front["license"]) == ("Garden", ["en"], "mit")
+    assert front["dataset_info"]["splits"][0]["num_examples"] == 35 and front["tags"] == ["vit-finetune"]
+    assert card.count("35 images of 3") == 1 and "36 images" not in card
+    assert "Of my garden." in card and card.endswith("Cite me.")
+    assert upload("--license", "cc0-1.0").count("license: cc0-1.0") == 1
+
+
+@pytest.mark.hub
+def test_what_the_hub_would_refuse_is_refused_at_once(hub: LoopbackHub, say: Say, tmp_path: Path) -> None:
+    photos = draw_folder(tmp_path / "photos", classes=2, per_class=2)
+    for name in ("photos", "ann/a--b", "../photos", "ann/photos@v1"):
+        code, _, told = say("upload-data", photos, name, "--dry-run")
+        assert code == 1 and ("is no name that the Hub takes" in told or "write owner/photos" in told), told
+    assert not hub.requests
+    code, _, told = say("upload-data", photos, "ann/photos", "--license", "public")
+    assert code == 1 and "'public' is no licence that the Hub knows" in told and not hub.store.repos
+
+
+@pytest.mark.hub
+def test_a_killed_upload_leaves_no_copy_of_the_data_for_ever(
+    hub: LoopbackHub, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = tmp_path / "cache" / "uploads"
+    words = ("upload-data", draw_folder(tmp_path / "photos"), "ann/photos")
+    dying = "\nimport os\nfrom vit_finetune.publishing import dataset\ndataset.commit_files = lambda *a, **k: os._exit(9)\n"
+    assert say(*words, before=dying, VIT_FINETUNE_CACHE=str(uploads.parent))[0] == 9
+    assert list(uploads.rglob("train-*"))
+    monkeypatch.setenv("VIT_FINETUNE_CACHE", str(uploads.parent))
+    with dataset._work_folder("ann/photos") as folder:
+        assert not list(folder.iterdir())
+        code, _, told = say(*words, VIT_FINETUNE_CACHE=str(uploads.parent))
+        assert code == 1 and "another upload to it is under way" in told
+    assert say(*words, VIT_FINETUNE_CACHE=str(uploads.parent))[0] == 0
+    assert not [path for path in uploads.iterdir() if path.suffix != ".lock"]
+
+
 # --------------------------------------------------------------------------- without a Hub
 
 
@@ -245,6 +329,19 @@ def test_which_images_tell_where_they_were_taken() -> None:
     xmp.add_itxt("XML:com.adobe.xmp", "<exif:GPSLatitude>52,31N</exif:GPSLatitude>")
     assert all(tells_place(encode(kind, exif=located())) for kind in ("JPEG", "PNG", "WEBP"))
     assert tells_place(encode("PNG", pnginfo=xmp))
+    raw = located().tobytes()
+    for name, text in {
+        "XML:com.adobe.xmp": "<exif:GPSLatitude>52,31N</exif:GPSLatitude>",
+        "Raw profile type APP1": f"\nexif\n{len(raw):8}\n{raw.hex()}\n",
+        "Raw profile type xmp": f"\nxmp\n      15\n{b'exif:GPSLatitude'.hex()}\n",
+    }.items():
+        packed, plain = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+        packed.add_itxt(name, text, zip=True)
+        plain.add_text(name, text)
+        assert tells_place(encode("PNG", pnginfo=packed)) and tells_place(encode("PNG", pnginfo=plain))
+    harmless = PngImagePlugin.PngInfo()
+    harmless.add_text("Raw profile type iptc", "\niptc\n       2\nzz\n", zip=True)
+    assert not tells_place(encode("PNG", pnginfo=harmless))
     assert not any(tells_place(encode(kind, exif=turned)) for kind in ("JPEG", "PNG", "WEBP", "TIFF"))
     assert not any(tells_place(encode(kind)) for kind in ("JPEG", "PNG", "GIF"))
     assert not tells_place(encode("JPEG", exif=b"Exif\0\0MM\0*broken")) and not tells_place(b"")

@@ -11,14 +11,13 @@ import yaml
 from huggingface_hub import (
     EvalResult,
     EvalResultEntry,
-    ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
 )
 
 from vit_finetune.files import write_text
 from vit_finetune.hub_repos import parse_hub_id
-from vit_finetune.publishing.markdown import build_environment
+from vit_finetune.publishing.markdown import build_environment, join_card, join_tags, read_card
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
     Record,
@@ -44,7 +43,7 @@ from vit_finetune.publishing.redaction import (
     without_paths,
 )
 from vit_finetune.recipe import HubConfig
-from vit_finetune.run import TOLD, Finding, Report, Run, RunError
+from vit_finetune.run import TOLD, Finding, Report, Run
 
 MOST_NAMED = 5
 """Images that the card names of each finding; their number stands in its sentence."""
@@ -78,18 +77,9 @@ def publishable_card(run: Run, hub: HubConfig, edited: Sequence[str] = ()) -> st
     text = own.read_text(encoding="utf-8") if own.is_file() else ""
     if not text or text == build_card(run):
         return card
-    try:
-        theirs, ours = ModelCard(text, ignore_metadata_errors=False), ModelCard(card)
-    except (ValueError, yaml.YAMLError) as error:
-        raise RunError(
-            f"{own}: its front matter cannot be read: {error}. Mend it, or remove the file"
-        ) from None
-    old, new = (yaml.safe_load(str(data)) or {} for data in (theirs.data, ours.data))
-    tags = [*(old.get("tags") or []), *(new.get("tags") or [])]
-    front = old | new | {"tags": list(dict.fromkeys(tags))}
+    (old, written), (new, _) = read_card(text, str(own)), read_card(card)
     said = f"\n{_edited_warning(edited)}\n" if edited else ""
-    lines = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{lines}---\n{said}{theirs.text}"
+    return join_card(old | new | {"tags": join_tags(old, new)}, said + written)
 
 
 def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = ()) -> str:

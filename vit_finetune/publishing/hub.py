@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
@@ -69,7 +70,7 @@ def check_access(
     with explaining_errors(repo_id, kind):
         who = persist(f"asking {constants.ENDPOINT} who you are", HfApi().whoami)
         user = str(who["name"])
-        _check_name(repo_id, user)
+        check_name(repo_id, user)
         _check_role(who)
         info = persist(f"looking at {repo_id}", lambda: _info(repo_id, kind))
         if info is None:
@@ -100,7 +101,21 @@ def _info(repo_id: str, kind: str, revision: str | None = None) -> Any:
         return None
 
 
-def _check_name(repo_id: str, user: str) -> None:
+def check_license(license: str, kind: Kind) -> None:
+    """Raises RunError where the Hub would refuse a card for its licence: better before all else is done."""
+    card = RepoCard(f"---\nlicense: {json.dumps(license)}\n---\n")
+    with explaining_errors(license, kind):
+        try:
+            persist("asking the Hub about the licence", lambda: card.validate(repo_type=kind))
+        except ValueError:
+            raise RunError(
+                f"{license!r} is no licence that the Hub knows. Write its identifier, such as apache-2.0 or "
+                f"cc-by-4.0; all of them: {constants.ENDPOINT}/docs/hub/repositories-licenses"
+            ) from None
+
+
+def check_name(repo_id: str, user: str = "owner") -> None:
+    """Raises RunError where the Hub takes no such name for a repository, or it does not say whose it is."""
     owner, slash, name = repo_id.partition("/")
     if not slash:
         raise RunError(f"{repo_id!r} does not say whose it is: write {user}/{repo_id}")

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
+from huggingface_hub import RepoCard
 
 from vit_finetune.publishing.record import one_line
 from vit_finetune.publishing.redaction import Markdown, escape_markdown, without_paths
+from vit_finetune.run import RunError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -31,3 +34,28 @@ def build_environment() -> jinja2.Environment:
 
 def _finalize(value: Any) -> Any:
     return escape_markdown(value) if isinstance(value, str) and not isinstance(value, Markdown) else value
+
+
+def read_card(card: str, name: str = "README.md") -> tuple[dict[str, Any], str]:
+    """The front matter of a card, empty where there is none, and the text below.
+
+    Raises:
+        RunError: the front matter is no YAML; `name` says whose.
+    """
+    try:
+        parts = RepoCard(card, ignore_metadata_errors=False)
+    except (ValueError, yaml.YAMLError) as error:
+        raise RunError(
+            f"{name}: its front matter cannot be read: {error}. Mend it, or remove the file"
+        ) from None
+    return yaml.safe_load(str(parts.data)) or {}, parts.text
+
+
+def join_card(front: dict[str, Any], text: str) -> str:
+    """The card with this front matter above this text."""
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{text}"
+
+
+def join_tags(*fronts: dict[str, Any]) -> list[str]:
+    """The tags of all front matters, each once."""
+    return list(dict.fromkeys(tag for front in fronts for tag in front.get("tags") or []))
