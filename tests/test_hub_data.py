@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +254,7 @@ def test_how_the_data_is_read_can_be_said(hub: LoopbackHub, say: Say, tmp_path: 
 
 @pytest.mark.hub
 def test_what_people_wrote_into_the_card_stays(hub: LoopbackHub, say: Say, tmp_path: Path) -> None:
-    photos = draw_folder(tmp_path / "photos")
+    photos = draw_folder(tmp_path / "photos", per_class=2)  # too few to be trained on, not to be published
     begun = hub.create("ann/photos", "dataset", files={"README.md": b"# My photos\n\nOf my garden.\n"})
 
     def upload(*words: str) -> str:
@@ -261,7 +263,7 @@ def test_what_people_wrote_into_the_card_stays(hub: LoopbackHub, say: Say, tmp_p
         return begun.files()["README.md"].decode()
 
     card = upload("--license", "mit")
-    assert card.count("# My photos\n\nOf my garden.\n\n<!-- vit-finetune:") == 1 and "36 images of 3" in card
+    assert card.count("# My photos\n\nOf my garden.\n\n<!-- vit-finetune:") == 1 and "6 images of 3" in card
     written = card.replace("pretty_name: photos", "pretty_name: Garden\nlanguage: [en]").replace("\n", "\r\n")
     files = {"README.md": begun.objects.regular((written + "\r\nCite me.").encode())}
     hub.store.add(begun, "main", "ann", "By hand", files=files)
@@ -270,8 +272,8 @@ def test_what_people_wrote_into_the_card_stays(hub: LoopbackHub, say: Say, tmp_p
     card = upload()
     front = DatasetCard(card).data.to_dict()
     assert (front["pretty_name"], front["language"], front["license"]) == ("Garden", ["en"], "mit")
-    assert front["dataset_info"]["splits"][0]["num_examples"] == 35 and front["tags"] == ["vit-finetune"]
-    assert card.count("35 images of 3") == 1 and "36 images" not in card
+    assert front["dataset_info"]["splits"][0]["num_examples"] == 5 and front["tags"] == ["vit-finetune"]
+    assert card.count("5 images of 3") == 1 and "6 images" not in card
     assert "Of my garden." in card and card.endswith("Cite me.")
     assert upload("--license", "cc0-1.0").count("license: cc0-1.0") == 1
 
@@ -285,6 +287,30 @@ def test_what_the_hub_would_refuse_is_refused_at_once(hub: LoopbackHub, say: Say
     assert not hub.requests
     code, _, told = say("upload-data", photos, "ann/photos", "--license", "public")
     assert code == 1 and "'public' is no licence that the Hub knows" in told and not hub.store.repos
+
+
+@pytest.mark.hub
+def test_a_full_disk_is_one_message(
+    hub: LoopbackHub, say: Say, tmp_path: Path, small_disk: Callable[[str], Path]
+) -> None:
+    photos, disk = tmp_path / "photos", small_disk("size=1m")
+    for name in ("blue", "red"):
+        (photos / name).mkdir(parents=True)
+        for number in range(4):
+            draw_image((9, 9, 9), number + 9 * len(name), (300, 300)).save(photos / name / f"{number}.png")
+    words = ("upload-data", photos, "ann/photos")
+    code, _, told = say(*words, VIT_FINETUNE_CACHE=str(disk))
+    assert code == 1 and told.startswith("error: the disk is full") and not hub.store.repos
+    assert not list(disk.rglob("train-*")), "what is given up leaves the disk as it was"
+    assert say(*words)[0] == 0
+    recipe, _ = write_recipe(tmp_path, "ann/photos", "run")
+    for place in ("HF_HOME", "HF_DATASETS_CACHE"):  # as it is downloaded, and as it is unpacked
+        code, _, told = say("check", recipe, **{place: str(disk / place)})
+        assert code == 1 and told.startswith("error: the disk is full") and told.count("\n") == 1, told
+        shutil.rmtree(disk / place)
+    small_disk("size=40m")
+    code, _, told = say("check", recipe, HF_HOME=str(disk))
+    assert code == 0, told
 
 
 @pytest.mark.hub

@@ -128,8 +128,10 @@ def quiet_client() -> Iterator[None]:
         disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # That uploads without Xet, which HF_HUB_DISABLE_XET asks for, are on their way out.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="huggingface_hub")
+            # That uploads without Xet, which HF_HUB_DISABLE_XET asks for, are on their way out; that a disk
+            # may become full, which is an error as soon as it is.
+            for category in (DeprecationWarning, UserWarning):
+                warnings.filterwarnings("ignore", category=category, module="huggingface_hub")
             yield
     finally:
         hub_logging.set_verbosity(level)

@@ -82,6 +82,8 @@ def upload_data(
         RunError: the data cannot be used, or may not be published; or the Hub does not take it.
     """
     config = data if isinstance(data, DataConfig) else DataConfig(path=str(data))
+    # Nothing is carved here, so no class is too small for it.
+    config = config.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0, "fold": None})
     with quiet_client():
         hidden, exists = private, False
         if dry_run:
