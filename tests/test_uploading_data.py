@@ -114,6 +114,16 @@ def test_what_the_hub_would_refuse_is_refused_at_once(hub: LoopbackHub, say: Say
 
 
 @pytest.mark.hub
+def test_splits_are_in_the_order_in_which_people_look_at_them(say: Say, tmp_path: Path) -> None:
+    for split in ("test", "train", "val"):
+        draw_folder(tmp_path / "photos" / split, classes=2, per_class=2)
+    code, card, told = say("upload-data", tmp_path / "photos", "ann/photos", "--dry-run")
+    assert code == 0 and "| Class | train | validation | test |" in card, told
+    (config,) = DatasetCard(card).data.to_dict()["configs"]
+    assert [file["split"] for file in config["data_files"]] == ["train", "validation", "test"]
+
+
+@pytest.mark.hub
 def test_a_killed_upload_leaves_no_copy_of_the_data_for_ever(
     hub: LoopbackHub, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

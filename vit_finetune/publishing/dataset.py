@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -82,8 +82,6 @@ def upload_data(
         RunError: the data cannot be used, or may not be published; or the Hub does not take it.
     """
     config = data if isinstance(data, DataConfig) else DataConfig(path=str(data))
-    # Nothing is carved here, so no class is too small for it.
-    config = config.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0, "fold": None})
     with quiet_client():
         hidden, exists = private, False
         if dry_run:
@@ -94,10 +92,7 @@ def upload_data(
                 check_license(license, "dataset")
             exists = access.exists
             hidden = bool(access.private) if exists else private
-        checkup = check_up(load_source(config), config)
-        raise_errors(checkup.findings, config)
-        require_images(checkup.source, config)
-        warn_of_findings(checkup.findings)
+        checkup = _check_source(config)
         with _work_folder(repo_id) as folder:
             written = write_parquet(checkup.source, folder)
             if not hidden and not with_gps:
@@ -116,6 +111,20 @@ def upload_data(
             _prove(commit, files)
     _tell(commit, checkup, len(written.files))
     return commit
+
+
+def _check_source(config: DataConfig) -> Checkup:
+    """The images, checked up; raises RunError where they cannot be used."""
+    # Nothing is carved here, so no class is too small for it.
+    config = config.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0, "fold": None})
+    source = load_source(config)
+    # As people look at them; by name, test would be what the Hub's viewer shows first.
+    order = [split for split in (ALL, "train", "validation", "test") if split in source.splits]
+    checkup = check_up(replace(source, splits={split: source.splits[split] for split in order}), config)
+    raise_errors(checkup.findings, config)
+    require_images(checkup.source, config)
+    warn_of_findings(checkup.findings)
+    return checkup
 
 
 @contextmanager
