@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from conftest import TINY_VIT, Say, draw_folder, draw_image, tiny_recipe
 from fork_server import IMPATIENT
@@ -189,6 +191,42 @@ def test_a_model_with_its_image_processor_in_the_processor(
     draw_image((1, 2, 3), 5).save(tmp_path / "0.png")
     code, out, told = say("predict", "ann/model", tmp_path / "0.png", "--json")
     assert code == 0 and len(json.loads(out)[0]["predictions"]) == 2, told
+
+
+@pytest.mark.hub
+def test_a_dataset_does_not_decide_which_files_of_this_machine_are_read(
+    hub: LoopbackHub, say: Say, tmp_path: Path
+) -> None:
+    home = str(tmp_path / "a (home)")
+    draw_image((7, 7, 7), 7).save(tmp_path / "secret.png")
+    photos = draw_folder(tmp_path / "photos")
+    (photos / "blue" / "0.png").rename(photos / "blue" / "12:30..png")
+    files = {f"{path.relative_to(photos)}": path.read_bytes() for path in photos.rglob("*.png")}
+    hub.create("bob/files", "dataset", files=files)
+    shutil.copytree(photos, tmp_path / "packed")
+    table = "".join(f"{name},{name.split('/')[0]}\n" for name in files)
+    (tmp_path / "packed" / "metadata.csv").write_text(f"file_name,label\n{table}")
+    archive = shutil.make_archive(str(tmp_path / "train"), "zip", tmp_path / "packed")
+    hub.create("bob/zip", "dataset", files={"train.zip": Path(archive).read_bytes()})
+    recipe, _ = write_recipe(tmp_path, "bob/files", "run")
+    for path in ("bob/files", "bob/zip"):  # the client has put them where they are
+        code, _, told = say(
+            "check", recipe, f"data.path={path}", "--output", tmp_path / "checkup", HF_HOME=home
+        )
+        assert code == 0, told
+    inside = f"{home}/hub/datasets--bob--names/../../../secret.png"
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    packed = f"zip://red/0.png::{archive}"
+    for name in (f"{tmp_path}/secret.png", "../secret.png", inside, packed, f"{packed}::{inside}"):
+        rows = {"image": [{"bytes": None, "path": name}] * 6, "label": [0, 1] * 3}
+        split = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        written = io.BytesIO()
+        pq.write_table(split.data.table, written)
+        hub.store.repos.pop(("dataset", "bob/names"), None)
+        hub.create("bob/names", "dataset", files={"data/train.parquet": written.getvalue()})
+        for words in (("check", recipe, "data.path=bob/names"), ("upload-data", "bob/names", "ann/names")):
+            code, _, told = say(*words, HF_HOME=home)
+            assert code == 1 and "bob/names: holds the name of a file" in told, told
 
 
 @pytest.mark.hub
