@@ -32,7 +32,7 @@ from vit_finetune.hub_repos import explaining_errors, persist, quiet_client
 from vit_finetune.publishing.dataset_card import SplitFacts, build_dataset_card, renew_dataset_card
 from vit_finetune.publishing.hub import Commit, Files, check_access, check_license, check_name, commit_files
 from vit_finetune.publishing.markdown import read_card
-from vit_finetune.recipe import DataConfig
+from vit_finetune.recipe import DataConfig, build_data_config
 from vit_finetune.run import RunError
 
 GROUP_IMAGES = 100
@@ -79,9 +79,10 @@ def upload_data(
         dry_run: whether to show what would be published only; the Hub is not asked then.
 
     Raises:
+        RecipeError: `data` names a revision as well.
         RunError: the data cannot be used, or may not be published; or the Hub does not take it.
     """
-    config = data if isinstance(data, DataConfig) else DataConfig(path=str(data))
+    config = data if isinstance(data, DataConfig) else build_data_config(str(data))
     with quiet_client():
         hidden, exists = private, False
         if dry_run:
