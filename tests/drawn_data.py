@@ -109,3 +109,14 @@ def components(drawn: Drawn) -> list[set[str]]:
 
 def hash_of(text: str, seed: int = 0) -> int:
     return int.from_bytes(blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest(), "little")
+
+
+def label_names(source: Source, split: str) -> dict[str, str]:
+    """Class name by id."""
+    rows = zip(column_values(source.splits[split], "id"), column_values(source.splits[split], "label"))
+    return {identity: source.labels[label] for identity, label in rows}
+
+
+def groups(source: Source, split: str = "all") -> dict[str, str | None]:
+    """Group by id."""
+    return dict(zip(column_values(source.splits[split], "id"), column_values(source.splits[split], "group")))

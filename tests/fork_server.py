@@ -44,10 +44,7 @@ finetuning.write_report = lambda run: run.report_html.write_text("left out")
 """
 """Source to run before where what is measured and drawn does not matter: it takes longer than such a run trains."""
 
-IMPATIENT = """
-import time
-time.sleep = lambda seconds: None
-"""
+IMPATIENT = "\nimport time\ntime.sleep = lambda seconds: None\n"
 """Source to run before where only the number of further tries matters, not how long they wait."""
 
 

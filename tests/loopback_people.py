@@ -112,6 +112,7 @@ def _move(call: Call) -> None:
         del call.store.repos[repo.kind, repo.id]
         repo.id = asked["toRepo"]
         call.store.repos[repo.kind, repo.id] = repo
+        call.store.moved[repo.kind, asked["fromRepo"]] = repo.id
     call.say({})
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 from loopback_http import Handler
 from loopback_objects import HubError
@@ -67,7 +67,13 @@ class Call:
 
     @property
     def repo(self) -> Repo:
-        """The repository; an error where this user may not know of it."""
+        """The repository; an error where this user may not know of it, a redirection where it has moved."""
+        moved = (self.kind, self.parts["id"])
+        if moved in self.store.moved and moved not in self.store.repos:
+            log = self.http.request_log
+            place = log.path.replace(quote(moved[1]), quote(self.store.moved[moved]), 1)
+            place += f"?{urlencode(log.query)}" if log.query else ""
+            raise HubError(307, f"Moved to {place}", headers={"Location": place})
         return self.store.readable(self.kind, self.parts["id"], self.user)
 
     def known(self) -> str:

@@ -147,6 +147,8 @@ class Store:
         self.users: set[str] = set()
         self.orgs: dict[str, dict[str, str]] = {}
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.moved: dict[tuple[str, str], str] = {}
+        """New ids by kind and old id."""
 
     # ------------------------------------------------------------------ rights
 

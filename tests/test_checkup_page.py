@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from planted_faults import FAULTS, draw_corpus, draw_scene, encode
+from drawn_corpus import draw_corpus, draw_scene, encode
+from planted_faults import FAULTS
 from test_report import HOSTILE, Page
 
 from vit_finetune.data.checkup.checkup import check_up

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from drawn_corpus import draw_scene
 from PIL import Image
-from planted_faults import draw_scene
 
 from vit_finetune.data.checkup import duplicates
 from vit_finetune.data.checkup.duplicates import (

@@ -246,9 +246,12 @@ def test_walk_does_not_depend_on_the_order_of_the_file_system(
     assert walk_files(root) == expected == ["cat/1.jpg"]
 
 
-def test_a_file_name_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
     draw_folder(tmp_path / "p", classes=2, per_class=1)
     image = tmp_path / "p" / "blue" / "0.png"
     image.rename(image.parent / os.fsdecode(b"\xff.png"))
-    with pytest.raises(RunError, match=r"1 file names are not UTF-8: 'blue/\\udcff\.png'"):
+    with pytest.raises(RunError, match=r"1 name of files or folders not in UTF-8: 'blue/\\udcff\.png'"):
+        walk_files(tmp_path / "p")
+    (tmp_path / "p" / "green").rename(tmp_path / "p" / os.fsdecode(b"gr\xfcn"))
+    with pytest.raises(RunError, match=r"2 names .*'blue/\\udcff\.png', 'gr\\udcfcn'"):
         walk_files(tmp_path / "p")

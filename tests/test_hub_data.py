@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
-from conftest import Say, draw_folder, draw_image, tiny_recipe
+from conftest import TINY_VIT, Say, draw_folder, draw_image, tiny_recipe
+from fork_server import IMPATIENT
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub, Repo
-from PIL import ExifTags, Image, PngImagePlugin
 
-from vit_finetune.data.sources.source import load_source
 from vit_finetune.evaluation.scoring import _other_data
-from vit_finetune.publishing.dataset import tells_place, write_parquet
-from vit_finetune.recipe import DataConfig, RecipeError, build_recipe
-from vit_finetune.run import Run, RunError
+from vit_finetune.model.loading import load_model
+from vit_finetune.recipe import DataConfig, ModelConfig, RecipeError, build_recipe
+from vit_finetune.run import Run
 
 ODD = 'red "x|y" 🎉 `z` *b*'
 SMALL_FILES = (
@@ -119,6 +120,18 @@ def test_a_folder_is_the_same_data_up_and_down_again(hub: LoopbackHub, say: Say,
         json.loads(out)["num_images"]
         == json.loads((by_id.path / "reports/test.json").read_text())["num_images"]
     )
+    # Into an empty cache, with faults that pass: of all that the clients have to say, only ours is shown.
+    hub.fault("GET", "/api/datasets/ann/photos", status=503)
+    hub.fault("GET", "/content/", drop_response_after=100)
+    words = ("evaluate", by_id.path, "--data", "ann/photos")
+    code, _, told = say(*words, user="bob", before=IMPATIENT)
+    assert code == 0 and "looking at ann/photos: the Hub answers 503; trying again" in told, told
+    assert "Generating" not in told and "://" not in told
+    code, _, told = say(*words, user="bob", HF_HUB_OFFLINE="1")
+    commit = repo.commits()[0].id
+    assert code == 0 and f"HF_HUB_OFFLINE is set; taken from the cache, commit {commit}" in told, told
+    assert "latest cached" not in told
+
     (photos / "blue" / "empty.png").write_bytes(b"")
     code, _, told = say("upload-data", photos, "ann/photos")
     assert code == 1 and "blue/empty.png: 0 bytes" in told and len(repo.commits()) == 4
@@ -140,10 +153,13 @@ def test_what_the_hub_does_not_give_is_one_message(hub: LoopbackHub, say: Say, t
         files={"README.md": b"---\nlicense: mit\n---\n", "data/train.csv": b"a"},
     )
     hub.create("bob/open", "dataset", files={"data/train.csv": b"a"})
+    subsets = "".join(f"- config_name: {name}\n  data_files: {name}.csv\n" for name in "xy")
+    several = {"README.md": f"---\nconfigs:\n{subsets}---\n".encode(), "x.csv": b"a", "y.csv": b"a"}
+    hub.create("bob/several", "dataset", files=several)
 
     def message(path: str, *words: str, user: str | None = "ann", streams: bool = False, **told: str) -> str:
         recipe, _ = write_recipe(tmp_path, path, "run", **({"streaming": True} if streams else {}))
-        code, _, said = say("check", recipe, *words, user=user, **told)
+        code, _, said = say("check", recipe, *words, user=user, before=IMPATIENT, **told)
         assert code == 1 and said.count("error: ") == 1, said
         return said
 
@@ -151,6 +167,8 @@ def test_what_the_hub_does_not_give_is_one_message(hub: LoopbackHub, say: Say, t
     assert "that needs a token" in message("bob/secret", user=None)
     for streams in (False, True):
         assert "bob/gated is gated: its owners decide" in message("bob/gated", streams=streams)
+        assert "bob/several has the subsets x, y. Set data.subset" in message("bob/several", streams=streams)
+    assert "bob/several has the subsets x, y, and no z" in message("bob/several", "data.subset=z")
     assert "bob/open has no branch, tag or commit 'v9'" in message("bob/open", "data.revision=v9")
     assert "HF_HUB_OFFLINE keeps" in message("bob/open", HF_HUB_OFFLINE="1")
     hub.kill()
@@ -158,95 +176,81 @@ def test_what_the_hub_does_not_give_is_one_message(hub: LoopbackHub, say: Say, t
 
 
 @pytest.mark.hub
-def test_where_images_were_taken_does_not_become_public_by_accident(
+def test_a_model_with_its_image_processor_in_the_processor(
     hub: LoopbackHub, say: Say, tmp_path: Path
 ) -> None:
-    photos = draw_folder(tmp_path / "photos", classes=2, suffix=".jpg")
-    draw_image((1, 2, 3), 5).save(photos / "blue" / "home.jpg", exif=located(), quality=95)
-
-    code, out, told = say("upload-data", photos, "ann/photos", "--dry-run", "--with-gps")
-    assert code == 0 and "data/train-00000-of-00001.parquet" in told and "1 of the images tells where" in out
-    assert not hub.requests and not hub.store.repos
-    code, _, told = say("upload-data", photos, "ann/photos")
-    assert code == 1 and "1 image would tell everybody" in told and "blue/home.jpg" in told
-    assert not hub.store.repos
-    code, _, told = say("upload-data", photos, "ann/photos", "--private")
-    assert code == 0, told
-    repo = hub.repo("ann/photos", "dataset")
-    assert repo.private and "1 of the images tells where it was taken" in repo.files()["README.md"].decode()
-    # It is known to be private: the words need not say so again.
-    assert say("upload-data", photos, "ann/photos")[0] == 0
-
-    hub.create("ann/else", "dataset", files={"train.csv": b"mine"})
-    code, _, told = say("upload-data", photos, "ann/else", "--with-gps")
-    assert code == 1 and "holds something else" in told
-    code, _, told = say("upload-data", photos, "bob/photos", "--with-gps")
-    assert code == 1 and "you are ann" in told
-
-
-# --------------------------------------------------------------------------- without a Hub
-
-
-def located() -> Image.Exif:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 1  # with no tag beside it, Pillow writes some formats without
-    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (52.0, 31.0, 12.0)
-    return exif
-
-
-def encode(kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    draw_image((9, 9, 9), 1).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # as the package has it
-def test_which_images_tell_where_they_were_taken() -> None:
-    turned = Image.Exif()
-    turned[ExifTags.Base.Orientation] = 6
-    xmp = PngImagePlugin.PngInfo()
-    xmp.add_itxt("XML:com.adobe.xmp", "<exif:GPSLatitude>52,31N</exif:GPSLatitude>")
-    assert all(tells_place(encode(kind, exif=located())) for kind in ("JPEG", "PNG", "WEBP"))
-    assert tells_place(encode("PNG", pnginfo=xmp))
-    assert not any(tells_place(encode(kind, exif=turned)) for kind in ("JPEG", "PNG", "WEBP", "TIFF"))
-    assert not any(tells_place(encode(kind)) for kind in ("JPEG", "PNG", "GIF"))
-    assert not tells_place(encode("JPEG", exif=b"Exif\0\0MM\0*broken")) and not tells_place(b"")
-
-
-def test_the_same_images_make_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    from vit_finetune.data.checkup.checkup import leave_out_unreadable
-
-    config = DataConfig(path=str(folder))
-    sums = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        written = write_parquet(leave_out_unreadable(load_source(config), config), tmp_path / name)
-        sums.append(
-            {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in written.files.items()}
-        )
-    assert sums[0] == sums[1]
-
-
-@pytest.mark.parametrize("name", ["/home/ann/0.png", "C:\\ann\\0.png", "../0.png"])
-def test_paths_of_a_machine_are_not_published(tmp_path: Path, name: str) -> None:
-    rows = {
-        "image": [{"bytes": encode("PNG"), "path": None}] * 2,
-        "label": [0, 1],
-        "file_name": ["a.png", name],
-        "digest": ["", ""],
+    """As transformers 5 writes it for models that take text too, such as CLIP."""
+    for part in load_model(ModelConfig(config=TINY_VIT), ["blue", "red"]):
+        part.save_pretrained(tmp_path / "model")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    whole = {
+        "processor_class": "CLIPProcessor",
+        "image_processor": json.loads(files.pop("preprocessor_config.json")),
     }
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
-    text = datasets.Value("string")
-    split = datasets.Dataset.from_dict(
-        rows, features=datasets.Features({**features, "file_name": text, "digest": text})
-    )
-    split.remove_columns("digest").to_parquet(str(tmp_path / "train.parquet"))
-    config = DataConfig(path=str(tmp_path / "train.parquet"))
-    source = load_source(config)
-    from vit_finetune.data.checkup.checkup import leave_out_unreadable
+    hub.create("ann/model", files=files | {"processor_config.json": json.dumps(whole).encode()})
+    draw_image((1, 2, 3), 5).save(tmp_path / "0.png")
+    code, out, told = say("predict", "ann/model", tmp_path / "0.png", "--json")
+    assert code == 0 and len(json.loads(out)[0]["predictions"]) == 2, told
 
-    with pytest.raises(RunError, match="is a path of some machine"):
-        write_parquet(leave_out_unreadable(source, config), tmp_path)
+
+@pytest.mark.hub
+def test_a_dataset_does_not_decide_which_files_of_this_machine_are_read(
+    hub: LoopbackHub, say: Say, tmp_path: Path
+) -> None:
+    home = str(tmp_path / "a (home)")
+    draw_image((7, 7, 7), 7).save(tmp_path / "secret.png")
+    photos = draw_folder(tmp_path / "photos")
+    (photos / "blue" / "0.png").rename(photos / "blue" / "12:30..png")
+    files = {f"{path.relative_to(photos)}": path.read_bytes() for path in photos.rglob("*.png")}
+    hub.create("bob/files", "dataset", files=files)
+    shutil.copytree(photos, tmp_path / "packed")
+    table = "".join(f"{name},{name.split('/')[0]}\n" for name in files)
+    (tmp_path / "packed" / "metadata.csv").write_text(f"file_name,label\n{table}")
+    archive = shutil.make_archive(str(tmp_path / "train"), "zip", tmp_path / "packed")
+    hub.create("bob/zip", "dataset", files={"train.zip": Path(archive).read_bytes()})
+    recipe, _ = write_recipe(tmp_path, "bob/files", "run")
+    for path in ("bob/files", "bob/zip"):  # the client has put them where they are
+        code, _, told = say(
+            "check", recipe, f"data.path={path}", "--output", tmp_path / "checkup", HF_HOME=home
+        )
+        assert code == 0, told
+    inside = f"{home}/hub/datasets--bob--names/../../../secret.png"
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    packed = f"zip://red/0.png::{archive}"
+    for name in (f"{tmp_path}/secret.png", "../secret.png", inside, packed, f"{packed}::{inside}"):
+        rows = {"image": [{"bytes": None, "path": name}] * 6, "label": [0, 1] * 3}
+        split = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        written = io.BytesIO()
+        pq.write_table(split.data.table, written)
+        hub.store.repos.pop(("dataset", "bob/names"), None)
+        hub.create("bob/names", "dataset", files={"data/train.parquet": written.getvalue()})
+        for words in (("check", recipe, "data.path=bob/names"), ("upload-data", "bob/names", "ann/names")):
+            code, _, told = say(*words, HF_HOME=home)
+            assert code == 1 and "bob/names: holds the name of a file" in told, told
+
+
+@pytest.mark.hub
+def test_a_full_disk_is_one_message(
+    hub: LoopbackHub, say: Say, tmp_path: Path, small_disk: Callable[[str], Path]
+) -> None:
+    photos, disk = tmp_path / "photos", small_disk("size=1m")
+    for name in ("blue", "red"):
+        (photos / name).mkdir(parents=True)
+        for number in range(4):
+            draw_image((9, 9, 9), number + 9 * len(name), (300, 300)).save(photos / name / f"{number}.png")
+    words = ("upload-data", photos, "ann/photos")
+    code, _, told = say(*words, VIT_FINETUNE_CACHE=str(disk))
+    assert code == 1 and told.startswith("error: the disk is full") and not hub.store.repos
+    assert not list(disk.rglob("train-*")), "what is given up leaves the disk as it was"
+    assert say(*words)[0] == 0
+    recipe, _ = write_recipe(tmp_path, "ann/photos", "run")
+    for place in ("HF_HOME", "HF_DATASETS_CACHE"):  # as it is downloaded, and as it is unpacked
+        code, _, told = say("check", recipe, **{place: str(disk / place)})
+        assert code == 1 and told.startswith("error: the disk is full") and told.count("\n") == 1, told
+        shutil.rmtree(disk / place)
+    small_disk("size=40m")
+    code, _, told = say("check", recipe, HF_HOME=str(disk))
+    assert code == 0, told
 
 
 def test_a_path_names_no_revision() -> None:

@@ -20,11 +20,11 @@ from transformers import (
 
 from vit_finetune.model.loading import (
     describe_model,
-    interpolate_positions,
     load_checkpoint,
     load_model,
     restore_weights,
 )
+from vit_finetune.model.resolution import interpolate_positions
 from vit_finetune.recipe import ModelConfig
 from vit_finetune.run import RunError
 

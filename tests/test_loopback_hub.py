@@ -308,6 +308,19 @@ def test_nothing_is_kept_of_an_upload_that_ends_early_or_is_another(hub: Loopbac
     assert part.headers["Content-Range"] == "bytes 10-19/100"
 
 
+def test_what_has_moved_is_found_under_its_old_name(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.create("ann/old", "dataset", files={"a b.txt": b"words"})
+    source = """
+api.move_repo("ann/old", "ann/new", repo_type="dataset")
+told["id"] = api.repo_info("ann/old", repo_type="dataset", files_metadata=True).id
+told["file"] = Path(hf_hub_download("ann/old", "a b.txt", repo_type="dataset")).read_text()
+done = api.upload_file(path_or_fileobj=b"more", path_in_repo="b", repo_id="ann/old", repo_type="dataset")
+"""
+    told = client(hub, hub.token("ann"), tmp_path, source)
+    assert (told["id"], told["file"]) == ("ann/new", "words")
+    assert hub.repo("ann/new", "dataset").files()["b"] == b"more" and len(hub.store.repos) == 1
+
+
 def test_a_test_fails_where_the_hub_is_asked_what_it_does_not_know() -> None:
     with pytest.raises(AssertionError, match="GET /api/poetry"), loopback_hub() as hub:
         assert ask(hub, "GET", "/api/poetry").status == 404

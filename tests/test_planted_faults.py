@@ -9,7 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import draw_folder
-from planted_faults import FAULTS, Fault, draw_corpus, draw_scene, encode
+from drawn_corpus import draw_corpus, draw_scene, encode
+from planted_faults import FAULTS, Fault
 
 from vit_finetune.data.checkup.checkup import Checkup, check_up
 from vit_finetune.data.sources.columns import Source, column_values

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from planted_faults import draw_scene, encode
+from drawn_corpus import draw_scene, encode
 
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.prepared import prepare_splits

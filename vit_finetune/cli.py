@@ -20,7 +20,7 @@ import typer
 from vit_finetune import __version__
 from vit_finetune.console import answer, fail, say, show_table
 from vit_finetune.files import is_disk_full
-from vit_finetune.recipe import Recipe, RecipeError, bundled_recipes, load_recipe
+from vit_finetune.recipe import Recipe, RecipeError, build_data_config, bundled_recipes, load_recipe
 from vit_finetune.run import STOPPING, Interrupted, Run, RunError
 
 app = typer.Typer(
@@ -153,6 +153,10 @@ def upload_data(
         str, typer.Argument(metavar="FOLDER", help="A folder of images, an archive, a table or shards.")
     ],
     repo_id: Annotated[str, typer.Argument(metavar="ID", help="owner/name of the dataset on the Hub.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="How to read it, such as data.group=patient."),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Only its owners see it.")] = False,
     license: Annotated[
         str | None, typer.Option(metavar="ID", help="The images' licence, such as cc-by-4.0.")
@@ -164,11 +168,16 @@ def upload_data(
     debug: Debug = False,
 ) -> None:
     """Publish images as a dataset of the Hub."""
+    try:
+        config = build_data_config(data, overrides or [])
+    except RecipeError as error:
+        fail(str(error))
+        raise typer.Exit(2) from None
 
     def work() -> None:
         from vit_finetune.publishing.dataset import upload_data
 
-        upload_data(data, repo_id, private, license, with_gps, dry_run)
+        upload_data(config, repo_id, private, license, with_gps, dry_run)
 
     _guarded(work, debug)
 

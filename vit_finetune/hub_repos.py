@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -38,6 +40,7 @@ Answer = TypeVar("Answer")
 MODEL_FILES = [
     "config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
 ]
@@ -52,10 +55,14 @@ LONGEST_PAUSE = 120
 
 def parse_hub_id(text: str) -> tuple[str, str | None] | None:
     """Id and revision of `owner/name[@revision]`; None where it is something on this machine, or no id."""
-    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(.+))?", text, re.ASCII)
-    if match is None or Path(text).exists() or Path(match[1]).exists():
+    name, at, revision = text.partition("@")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
         return None
-    return match[1], match[2]
+    if name.count("/") != 1 or (at and not revision) or Path(text).exists() or Path(name).exists():
+        return None
+    return name, revision or None
 
 
 def hub_address() -> str:
@@ -100,29 +107,44 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str | None
     if constants.is_offline_mode():
         return None
     with explaining_errors(repo_id, kind, revision):
-        sha = HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha
-    return str(sha)
+        info = persist(
+            f"looking at {repo_id}", lambda: HfApi().repo_info(repo_id, repo_type=kind, revision=revision)
+        )
+    return str(info.sha)
 
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """A block in which the Hub's client says nothing: its log lines hold whole addresses, signatures and all.
+    """A block in which the Hub's clients say nothing: their log lines hold addresses, signatures and all.
 
-    Its progress bars stay where there is a terminal to draw them on.
+    Bars of transfers stay where there is a terminal to draw them on; those of `datasets` go.
     """
+    import datasets  # here, since it takes long, and ids are asked about without it
+
     level, bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    level_of_data, bars_of_data = (
+        datasets.logging.get_verbosity(),
+        not datasets.are_progress_bars_disabled(),
+    )
     hub_logging.set_verbosity(logging.CRITICAL)
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
     if not terminal().is_terminal:
         disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # That uploads without Xet, which HF_HUB_DISABLE_XET asks for, are on their way out.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="huggingface_hub")
+            # That uploads without Xet, which HF_HUB_DISABLE_XET asks for, are on their way out; that a disk
+            # may become full, which is an error as soon as it is.
+            for category in (DeprecationWarning, UserWarning):
+                warnings.filterwarnings("ignore", category=category, module="huggingface_hub")
             yield
     finally:
         hub_logging.set_verbosity(level)
+        datasets.logging.set_verbosity(level_of_data)
         if bars:
             enable_progress_bars()
+        if bars_of_data:
+            datasets.enable_progress_bars()
 
 
 # --------------------------------------------------------------------------- errors

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import datasets
 import torch
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.streaming.batches import count_batches
 from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
+from vit_finetune.hub_repos import quiet_client
 from vit_finetune.model.loading import describe_model, quiet_transformers
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
@@ -30,16 +30,10 @@ from vit_finetune.training.world import PeerLost, World
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Without the libraries' own log lines and bars; what matters of them is said by ours."""
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with quiet_transformers(), warnings.catch_warnings():
-            # DDP's, of the class token (1, 1, width): its gradient's strides differ only where the size is 1.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            yield
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
+    with quiet_client(), quiet_transformers(), warnings.catch_warnings():
+        # DDP's, of the class token (1, 1, width): its gradient's strides differ only where the size is 1.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        yield
 
 
 @contextmanager

@@ -37,12 +37,20 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "TrainingConfig",
+    "build_data_config",
     "build_recipe",
     "bundled_recipes",
     "find_recipe",
     "load_recipe",
     "training_section",
 ]
+
+
+READING = (
+    *("subset", "revision", "image_column", "label_column", "class_folder"),
+    *("on_unreadable", "exclude", "group"),
+)
+"""Keys of `data:` that say what is read; the others say how a run divides and keeps it."""
 
 
 class RecipeError(ValueError):
@@ -184,6 +192,24 @@ def build_recipe(values: dict[str, Any], name: str = "recipe", source: str = "re
         raise RecipeError(_explain(nested.error, source, (nested.section,))) from None
     except ValidationError as error:
         raise RecipeError(_explain(error, source, ())) from None
+
+
+def build_data_config(path: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """The section `data:` of what is only read, and not trained on: `path`, with `data.key=value` applied.
+
+    Raises:
+        RecipeError: another key than those that say what is read, or a value of the wrong type.
+    """
+    values: dict[str, Any] = {"data": {"path": path}}
+    for override in overrides:
+        section, _, key = override.partition("=")[0].partition(".")
+        if section != "data" or key not in READING:
+            raise RecipeError(f"{override}: expected key=value, the key of data.{', data.'.join(READING)}")
+        _override(values, override)
+    try:
+        return DataConfig.model_validate(values["data"])
+    except ValidationError as error:
+        raise RecipeError(_explain(error, path, ("data",))) from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -37,7 +37,7 @@ from vit_finetune.evaluation.metrics import (
     top_k_accuracy,
 )
 from vit_finetune.files import written_whole
-from vit_finetune.hub_repos import parse_hub_id
+from vit_finetune.hub_repos import parse_hub_id, quiet_client
 from vit_finetune.model.loading import load_checkpoint
 from vit_finetune.recipe import DataConfig, EvaluationConfig, load_recipe
 from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
@@ -269,7 +269,8 @@ def evaluate(
         images = own_split(run, split)
     else:
         other = _other_data(own, data)
-        splits = leave_out_unreadable(load_source(other), other).splits
+        with quiet_client():
+            splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
         images = _take(splits, split, data)
     _check_classes(labels, images.features["label"].names, data or str(target))
@@ -285,7 +286,8 @@ def own_split(run: Run, split: str) -> datasets.Dataset:
         RunError: they are not there, or no longer those that the run had.
     """
     provenance = run.read_provenance()
-    splits = prepare_data(pinned(load_recipe(run.recipe).data, provenance)).splits
+    with quiet_client():
+        splits = prepare_data(pinned(load_recipe(run.recipe).data, provenance)).splits
     images = _take(splits, split, str(run.path))
     then = provenance["data"]["splits"].get(split)
     if then and fingerprint(images) != then["fingerprint"]:

@@ -30,6 +30,7 @@ from vit_finetune.model.processing import (
     read_processor,
     side_lengths,
 )
+from vit_finetune.model.resolution import check_divides, resize_model
 from vit_finetune.recipe import ModelConfig
 from vit_finetune.run import RunError
 
@@ -76,7 +77,7 @@ def load_model(
     new_size = side_lengths(config.image_size) if config.image_size else old_size
     check_divides(pretrained, new_size)
     if new_size != old_size:
-        model = _at_size(model, old_size, new_size)
+        model = resize_model(model, old_size, new_size)
     return model, build_processor(config, new_size, processor)
 
 
@@ -288,77 +289,6 @@ def _check_fit(path: str, model: PreTrainedModel, info: dict[str, Any], head_may
             f"{path}: the weights do not fit {type(model).__name__}: {'; '.join(found)}. "
             + ("Only the head may be new" if head_may_be_new else "Expected exactly the model's weights")
         )
-
-
-# --------------------------------------------------------------------------- resolution
-
-
-def check_divides(config: PreTrainedConfig, size: tuple[int, int]) -> None:
-    """Raises RunError where the patches do not tile the image: transformers drops the rest in silence."""
-    patch = getattr(config, "patch_size", None)
-    if patch is None:
-        return
-    for side, length, step in zip(("height", "width"), size, side_lengths(patch)):
-        if length % step:
-            below, above = length // step * step, (length // step + 1) * step
-            nearest = f"{below} or {above}" if below else str(above)
-            raise RunError(
-                f"model.image_size: a {side} of {length} pixels is not a multiple of the patch size {step}; "
-                f"write {nearest}"
-            )
-
-
-def _at_size(model: PreTrainedModel, old: tuple[int, int], new: tuple[int, int]) -> PreTrainedModel:
-    """The same weights in a model of another image size."""
-    config = copy.deepcopy(model.config)
-    config.image_size = compact_size(new)
-    patch = getattr(config, "patch_size", None)
-    state = model.state_dict()
-    if patch is not None:
-        (ph, pw) = side_lengths(patch)
-        for name in [name for name in state if name.endswith("position_embeddings")]:
-            state[name] = interpolate_positions(
-                state[name], (old[0] // ph, old[1] // pw), (new[0] // ph, new[1] // pw)
-            )
-    resized = type(model)._from_config(config, attn_implementation=model.config._attn_implementation)
-    resized.name_or_path = model.name_or_path
-    try:
-        resized.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        names = re.findall(r"size mismatch for (\S+):", str(error))
-        raise RunError(
-            f"{config.model_type} models cannot change their image size here: "
-            f"{', '.join(names[:5]) or error} "
-            f"would not fit. Keep model.image_size at {compact_size(old)}"
-        ) from None
-    return resized
-
-
-def interpolate_positions(
-    positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]
-) -> torch.Tensor:
-    """Position embeddings for another grid of patches; those of the class token and the like stay.
-
-    Bicubic: where the grid grows exactly as transformers' `interpolate_pos_encoding`, where it shrinks
-    antialiased (as timm's `resample_abs_pos_embed`), which that is not.
-
-    Args:
-        positions: `(1, prefix + old height × old width, width)`, float.
-        old: rows and columns of the grid they were trained on.
-        new: rows and columns wanted.
-    """
-    prefix = positions.shape[1] - old[0] * old[1]
-    if prefix < 0:
-        raise RunError(
-            f"position embeddings for {positions.shape[1]} tokens do not fit a grid of {old[0]}×{old[1]}"
-        )
-    grid = positions[:, prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-    shrinks = new[0] < old[0] or new[1] < old[1]
-    grid = torch.nn.functional.interpolate(
-        grid, size=new, mode="bicubic", align_corners=False, antialias=shrinks
-    )
-    grid = grid.permute(0, 2, 3, 1).flatten(1, 2)  # (1, rows × columns, D)
-    return torch.cat([positions[:, :prefix], grid], dim=1)
 
 
 @contextmanager

@@ -13,13 +13,12 @@ import yaml
 from huggingface_hub import (
     EvalResult,
     EvalResultEntry,
-    ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
 )
 
 from vit_finetune.files import write_text
-from vit_finetune.publishing.markdown import build_environment
+from vit_finetune.publishing.markdown import build_environment, join_card, join_tags, read_card
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
     Record,
@@ -49,7 +48,6 @@ from vit_finetune.run import TOLD, Finding, Report, Run, RunError
 
 MOST_NAMED = 5
 """Images that the card names of each finding; their number stands in its sentence."""
-_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?\n|)---[ \t]*(?:\n(.*)|)", re.DOTALL)
 _NOWHERE = "path/to/this/folder"
 """What stands in the usage where the model has no id."""
 
@@ -81,14 +79,10 @@ def publishable_card(run: Run, hub: HubConfig, edited: Sequence[str] = ()) -> st
     card, written = build_card(run, hub, edited), _written_card(run)
     if written is None:
         return card
-    old, text = written
-    new = yaml.safe_load(str(ModelCard(card).data))
-    tags = [*old.get("tags", []), *new["tags"]]
-    front = old | new | {"tags": list(dict.fromkeys(tags))}
+    (old, text), (new, _) = written, read_card(card)
     said = f"\n{_edited_warning(edited)}\n" if edited else ""
-    lines = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     text = text.replace(f'model="{_NOWHERE}"', f'model="{hub.model_id}"')  # which nobody knew before
-    return f"---\n{lines}---\n{said}{text}"
+    return join_card(old | new | {"tags": join_tags(old, new)}, said + text)
 
 
 def publishable_license(run: Run, hub: HubConfig) -> str | None:
@@ -99,7 +93,7 @@ def publishable_license(run: Run, hub: HubConfig) -> str | None:
 
 def smallest_card(hub: HubConfig) -> str:
     """A card of what is known before there is a run, for the Hub to look at."""
-    return str(ModelCard(f"---\n{ModelCardData(license=hub.license, tags=hub.tags or None)}\n---\n"))
+    return join_card({"license": hub.license, "tags": hub.tags}, "")
 
 
 def _written_card(run: Run) -> tuple[dict[str, Any], str] | None:
@@ -111,20 +105,9 @@ def _written_card(run: Run) -> tuple[dict[str, Any], str] | None:
     own = run.model / "README.md"
     try:
         text = own.read_text(encoding="utf-8-sig") if own.is_file() else ""  # -sig: as Notepad writes it
-        if not text.strip() or text == build_card(run):
-            return None
-        parts = _FRONT_MATTER.fullmatch(text)
-        front = (yaml.safe_load(parts[1]) if parts else None) or {}
-        if not isinstance(front, dict):
-            raise RunError(
-                f"{own}: its front matter is no mapping (`key: value`). Mend it, or remove the file"
-            )
-        tags = front.get("tags") or []
-        front["tags"] = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{own}: cannot be read: {reason}. Mend it, or remove the file") from None
-    return front, parts[2] if parts else f"\n{text}"
+    except UnicodeDecodeError as error:
+        raise RunError(f"{own}: cannot be read: {error}. Mend it, or remove the file") from None
+    return None if not text.strip() or text == build_card(run) else read_card(text, str(own))
 
 
 def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = ()) -> str:

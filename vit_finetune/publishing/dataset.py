@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import re
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import ExifTags, Image
 
-from vit_finetune.console import answer, progress, say, show_table, warn_of_findings
+from vit_finetune.console import answer, progress, say, show_table, warn, warn_of_findings
 from vit_finetune.data.checkup.checkup import Checkup, check_up, raise_errors, require_images
 from vit_finetune.data.images import BROKEN, hash_content
 from vit_finetune.data.sources.archives import cache_dir
@@ -26,9 +29,10 @@ from vit_finetune.data.sources.hub import FILE_NAME
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.sources.webdataset import read_encoded
 from vit_finetune.hub_repos import explaining_errors, persist, quiet_client
-from vit_finetune.publishing.dataset_card import SplitFacts, build_dataset_card
-from vit_finetune.publishing.hub import Commit, Files, check_access, commit_files
-from vit_finetune.recipe import DataConfig
+from vit_finetune.publishing.dataset_card import SplitFacts, build_dataset_card, renew_dataset_card
+from vit_finetune.publishing.hub import Commit, Files, check_access, check_card, check_name, commit_files
+from vit_finetune.publishing.markdown import join_card, read_card
+from vit_finetune.recipe import DataConfig, build_data_config
 from vit_finetune.run import RunError
 
 GROUP_IMAGES = 100
@@ -63,10 +67,11 @@ def upload_data(
 ) -> Commit | None:
     """The commit of a data source that was published as a dataset of the Hub; None of a dry run.
 
-    Files are taken as they are. Saying the same again sends what is not there yet, and nothing twice.
+    Files are taken as they are. Saying the same again sends what is not there yet, and nothing twice. What
+    others wrote into the card on the Hub stays.
 
     Args:
-        data: as `data.path` of a recipe, or the whole section.
+        data: as `data.path` of a recipe, or the whole section: its keys that say what is read, and `group`.
         repo_id: `owner/name`.
         private: whether a new repository is.
         license: identifier of the images' licence, such as `cc-by-4.0`.
@@ -74,33 +79,90 @@ def upload_data(
         dry_run: whether to show what would be published only; the Hub is not asked then.
 
     Raises:
+        RecipeError: `data` names a revision as well.
         RunError: the data cannot be used, or may not be published; or the Hub does not take it.
     """
-    config = data if isinstance(data, DataConfig) else DataConfig(path=str(data))
+    config = data if isinstance(data, DataConfig) else build_data_config(str(data))
     with quiet_client():
-        hidden = private
-        if not dry_run:  # at once, before the minutes that reading takes
+        hidden, exists = private, False
+        if dry_run:
+            check_name(repo_id)
+        else:  # at once, before the minutes that reading takes
             access = check_access(repo_id, "dataset", private or None)
-            hidden = bool(access.private) if access.exists else private
-        checkup = check_up(load_source(config), config)
-        raise_errors(checkup.findings, config)
-        require_images(checkup.source, config)
-        warn_of_findings(checkup.findings)
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="upload-") as folder:
-            written = write_parquet(checkup.source, Path(folder))
+            if license is not None:
+                check_card(repo_id, join_card({"license": license}, ""), "dataset")
+            exists = access.exists
+            hidden = bool(access.private) if exists else private
+        checkup = _check_source(config)
+        with _work_folder(repo_id) as folder:
+            written = write_parquet(checkup.source, folder)
             if not hidden and not with_gps:
                 _refuse_located(written.located, config)
             card = build_dataset_card(repo_id, checkup, written.splits, len(written.located), license)
             if dry_run:
                 _show(written.files, card)
                 return None
+            if exists:
+                card = _with_their_text(repo_id, card, license, folder)
+            if "license" not in read_card(card)[0]:
+                warn("the card names no license, so nobody knows what they may do with it: say --license ID")
             files = Files({"README.md": card.encode(), **written.files})
             message = f"Upload {count_of(_count(checkup), 'image')} of {len(checkup.source.labels):,} classes"
             commit = commit_files(repo_id, "dataset", files, _is_stale, message, private=private or None)
             _prove(commit, files)
     _tell(commit, checkup, len(written.files))
     return commit
+
+
+def _check_source(config: DataConfig) -> Checkup:
+    """The images, checked up; raises RunError where they cannot be used."""
+    # Nothing is carved here, so no class is too small for it.
+    config = config.model_copy(update={"validation_fraction": 0.0, "test_fraction": 0.0, "fold": None})
+    source = load_source(config)
+    # As people look at them; by name, test would be what the Hub's viewer shows first.
+    order = [split for split in (ALL, "train", "validation", "test") if split in source.splits]
+    checkup = check_up(replace(source, splits={split: source.splits[split] for split in order}), config)
+    raise_errors(checkup.findings, config)
+    require_images(checkup.source, config)
+    warn_of_findings(checkup.findings)
+    return checkup
+
+
+@contextmanager
+def _work_folder(repo_id: str) -> Iterator[Path]:
+    """An empty folder for the files on their way to a repository; what a killed upload left there goes.
+
+    Raises:
+        RunError: another process is at it.
+    """
+    folder = cache_dir() / "uploads" / repo_id.replace("/", "--")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(f"{folder}.lock", timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except filelock.Timeout:
+        raise RunError(
+            f"{repo_id}: another upload to it is under way on this machine. Wait for its end"
+        ) from None
+
+
+def _with_their_text(repo_id: str, card: str, license: str | None, folder: Path) -> str:
+    """The card with what others wrote into the one that the repository has, if any."""
+
+    def fetch() -> Path:
+        return Path(hf_hub_download(repo_id, "README.md", repo_type="dataset", local_dir=folder))
+
+    with explaining_errors(repo_id, "dataset"):
+        try:
+            there = persist(f"reading the card of {repo_id}", fetch)
+        except EntryNotFoundError:
+            return card
+    return renew_dataset_card(there.read_bytes().decode("utf-8", "replace"), card, license)
 
 
 def _count(checkup: Checkup) -> int:
@@ -139,7 +201,7 @@ def _tell(commit: Commit, checkup: Checkup, count: int) -> None:
     say(f"train from it with: data.path={commit.repo_id}")
 
 
-def _show(files: dict[str, Path], card: str) -> None:
+def _show(files: Mapping[str, Path], card: str) -> None:
     rows = [[name, f"{path.stat().st_size:,}"] for name, path in files.items()]
     show_table("would be published", ["file", "bytes"], [*rows, ["README.md", f"{len(card.encode()):,}"]])
     answer(card)
@@ -251,19 +313,41 @@ def _check_public(identity: str) -> None:
 # --------------------------------------------------------------------------- where images were taken
 
 
+_IN_XMP = b"GPSLatitude"
+
+
 def tells_place(data: bytes) -> bool:
-    """Whether an encoded image says where it was taken, in EXIF or XMP; decodes only PNG files with it."""
-    if b"GPSLatitude" in data:  # XMP is text
+    """Whether an encoded image says where it was taken, in EXIF or XMP; decodes only PNG files with these."""
+    if _IN_XMP in data:  # XMP is text
         return True
     # Looked for first, since Pillow decodes a whole PNG to find out that it has no EXIF.
-    if data.startswith(b"\x89PNG") and b"eXIf" not in data and b"Raw profile type" not in data:
+    is_png = data.startswith(b"\x89PNG")
+    if is_png and not any(mark in data for mark in (b"eXIf", b"zTXt", b"iTXt", b"Raw profile type")):
         return False
     try:
         with Image.open(io.BytesIO(data)) as image:
-            gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+            return _is_place(image.getexif()) or (is_png and any(map(_names_place, image.info.items())))
     except BROKEN:
         return False  # the checkup says what cannot be read; broken EXIF tells no place
+
+
+def _is_place(exif: Image.Exif) -> bool:
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
     return bool(gps.keys() & {ExifTags.GPS.GPSLatitude, ExifTags.GPS.GPSLongitude})
+
+
+def _names_place(item: tuple[Any, Any]) -> bool:
+    """Whether a text of a PNG, which may have been compressed, is XMP or EXIF with a place."""
+    name, text = item
+    if not isinstance(text, str):
+        return False
+    if not str(name).startswith("Raw profile type"):
+        return _IN_XMP.decode() in text
+    raw = bytes.fromhex("".join(text.split("\n")[3:]))  # ImageMagick's: a name, a length, hexadecimal digits
+    exif = Image.Exif()
+    if raw.startswith(b"Exif\0\0"):
+        exif.load(raw)
+    return _IN_XMP in raw or _is_place(exif)
 
 
 def _refuse_located(located: list[str], config: DataConfig) -> None:

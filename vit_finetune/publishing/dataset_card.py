@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,12 +16,16 @@ from vit_finetune.data.checkup.checkup import Checkup
 from vit_finetune.data.sources.columns import column_array
 from vit_finetune.data.sources.folders import ALL
 from vit_finetune.data.splits.prepared import fingerprint
-from vit_finetune.publishing.markdown import build_environment
+from vit_finetune.publishing.markdown import build_environment, join_card, join_tags, read_card
 from vit_finetune.publishing.redaction import Markdown, fenced
 from vit_finetune.run import TOLD
 
 MOST_NAMED = 5
 """Images that the card names of each finding; their number stands in its sentence."""
+COUNTED = ("size_categories", "dataset_info", "configs")
+"""Keys of the front matter that say what is there, and not what somebody wants said of it."""
+_OURS = re.compile(r"<!-- vit-finetune: .*<!-- vit-finetune ends -->", re.DOTALL)
+"""What an upload writes anew."""
 _SIZES = {"1K": 10**3, "10K": 10**4, "100K": 10**5, "1M": 10**6, "10M": 10**7, "100M": 10**8, "1B": 10**9}
 
 
@@ -53,6 +58,7 @@ def build_dataset_card(
         for name, split in splits.items()
     }
     told = [f for f in checkup.findings if f.severity != "note" or f.kind in TOLD]
+    grouped = " data.group=group" if "group" in next(iter(facts.values())).features else ""
     loading = f'from datasets import load_dataset\n\ndataset = load_dataset("{repo_id}")'
     return build_environment().get_template("dataset_card.md.jinja").render(
         front_matter=Markdown(_metadata(repo_id, splits, facts, license).to_yaml()),
@@ -64,11 +70,34 @@ def build_dataset_card(
         sizes={name: len(split) for name, split in splits.items()},
         features=next(iter(facts.values())).features,
         loading=fenced(loading, "python"),
-        training=fenced(f"vit-finetune train imagefolder data.path={repo_id}", "bash"),
+        training=fenced(f"vit-finetune train imagefolder data.path={repo_id}{grouped}", "bash"),
         findings=[finding.shortened(MOST_NAMED) for finding in told],
         located=located,
         version=version("vit-finetune"),
     )  # fmt: skip
+
+
+def renew_dataset_card(there: str, card: str, license: str | None) -> str:
+    """The new card with what people wrote into the one that is there.
+
+    Theirs are the text around our marks and the front matter, but for what was counted; where the marks are
+    gone, or never were, ours goes below.
+
+    Args:
+        there: the card that the repository has.
+        card: as `build_dataset_card` has it.
+        license: as it was asked for; theirs if None.
+    """
+    (old, text), (new, ours) = read_card(there.replace("\r\n", "\n")), read_card(card)
+    asked = {} if license is None else {"license": license}
+    counted = {key: new[key] for key in COUNTED}
+    front = new | old | counted | asked | {"tags": join_tags(old, new)}
+    block = _OURS.search(ours)
+    assert block is not None  # the template has the marks
+    renewed = _OURS.sub(lambda _: block[0], text, count=1)
+    if not _OURS.search(text):
+        renewed = f"{text.rstrip()}\n\n{block[0]}\n" if text.strip() else ours
+    return there if (front, renewed) == (old, text) else join_card(front, renewed)
 
 
 def _metadata(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
@@ -80,7 +80,7 @@ def check_access(
     with explaining_errors(repo_id, kind):
         who = persist(f"asking {hub_address()} who you are", HfApi().whoami)
         user = str(who["name"])
-        _check_name(repo_id, user)
+        check_name(repo_id, user)
         _check_role(who)
         info = persist(f"looking at {repo_id}", lambda: _info(repo_id, kind))
         if info is None:
@@ -103,15 +103,16 @@ def check_access(
         return Access(user, exists=True, private=bool(info.private))
 
 
-def check_card(repo_id: str, text: str) -> None:
-    """Makes sure that the Hub will take the front matter of a card, such as its license.
+def check_card(repo_id: str, text: str, kind: Kind = "model") -> None:
+    """Makes sure, before all else is done, that the Hub will take the front matter of a card.
 
     Raises:
         RunError: it will not, and why.
     """
-    with explaining_errors(repo_id):
+    card = RepoCard(text)
+    with explaining_errors(repo_id, kind):
         try:
-            persist(f"showing the card to {hub_address()}", ModelCard(text).validate)
+            persist(f"showing the card to {hub_address()}", lambda: card.validate(repo_type=kind))
         except ValueError as error:  # the Hub's answer, JSON
             found = re.findall(r'"message":\s*("(?:[^"\\]|\\.)*")', str(error))
             reasons = "; ".join(" ".join(json.loads(reason).split()) for reason in dict.fromkeys(found))
@@ -126,7 +127,8 @@ def _info(repo_id: str, kind: str, revision: str | None = None) -> Any:
         return None
 
 
-def _check_name(repo_id: str, user: str) -> None:
+def check_name(repo_id: str, user: str = "owner") -> None:
+    """Raises RunError where the Hub takes no such name for a repository, or it does not say whose it is."""
     owner, slash, name = repo_id.partition("/")
     if not slash:
         raise RunError(f"{repo_id!r} does not say whose it is: write {user}/{repo_id}")

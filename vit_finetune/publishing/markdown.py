@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from vit_finetune.publishing.record import one_line
 from vit_finetune.publishing.redaction import Markdown, escape_markdown, without_paths
+from vit_finetune.run import RunError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?\n|)---[ \t]*(?:\n(.*)|)", re.DOTALL)
 
 
 def build_environment() -> jinja2.Environment:
@@ -31,3 +35,32 @@ def build_environment() -> jinja2.Environment:
 
 def _finalize(value: Any) -> Any:
     return escape_markdown(value) if isinstance(value, str) and not isinstance(value, Markdown) else value
+
+
+def read_card(card: str, name: str = "README.md") -> tuple[dict[str, Any], str]:
+    """The front matter of a card, empty where there is none, its tags as a list of words, and the text below.
+
+    Raises:
+        RunError: the front matter is no YAML mapping; `name` says whose.
+    """
+    parts = _FRONT_MATTER.fullmatch(card)
+    try:
+        front = (yaml.safe_load(parts[1]) if parts else None) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{name}: cannot be read: {reason}. Mend it, or remove the file") from None
+    if not isinstance(front, dict):
+        raise RunError(f"{name}: its front matter is no mapping (`key: value`). Mend it, or remove the file")
+    if tags := front.get("tags"):
+        front["tags"] = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
+    return front, (parts[2] or "") if parts else f"\n{card}"
+
+
+def join_card(front: dict[str, Any], text: str) -> str:
+    """The card with this front matter above this text."""
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{text}"
+
+
+def join_tags(*fronts: dict[str, Any]) -> list[str]:
+    """The tags of all front matters, each once."""
+    return list(dict.fromkeys(tag for front in fronts for tag in front.get("tags") or []))

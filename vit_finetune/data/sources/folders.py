@@ -88,7 +88,7 @@ def walk_folders(root: Path) -> list[Folder]:
     folder once.
 
     Raises:
-        RunError: a folder that cannot be opened, or a file name that is not UTF-8 and so fits in no report.
+        RunError: a folder that cannot be opened, or a name that is not UTF-8 and so fits in no report.
     """
     found: list[Folder] = []
     odd: list[str] = []
@@ -105,7 +105,9 @@ def walk_folders(root: Path) -> list[Folder]:
             subfolders, names = _list_place(place)
         except OSError as error:
             raise RunError(f"{error.filename}: the folder cannot be opened: {error.strerror}") from error
-        if not _is_utf8(names):
+        if names and not _is_utf8([path]):
+            odd.append(path)
+        elif not _is_utf8(names):
             odd += [join(path, name) for name in names if not _is_utf8([name])]
         if names:
             found.append(Folder(path, names))
@@ -114,7 +116,8 @@ def walk_folders(root: Path) -> list[Folder]:
     if odd:
         odd.sort()
         raise RunError(
-            f"{root}: {len(odd):,} file names are not UTF-8: {', '.join(map(ascii, odd[:3]))}. Rename them"
+            f"{root}: {count_of(len(odd), 'name')} of files or folders not in UTF-8: "
+            f"{', '.join(map(ascii, odd[:3]))}. Rename them"
         )
     return found
 

@@ -10,16 +10,19 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from huggingface_hub import HfApi
+import pyarrow.compute as pc
+from datasets.table import embed_table_storage
+from huggingface_hub import HfApi, constants
 
+from vit_finetune.console import say
 from vit_finetune.data.sources.archives import is_archive
 from vit_finetune.data.sources.columns import Source, column_array, column_values, common_labels
-from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of
+from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of
 from vit_finetune.data.sources.groups import group_names
 from vit_finetune.data.sources.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column
 from vit_finetune.data.sources.tables import SUFFIXES as TABLE_SUFFIXES
 from vit_finetune.files import is_disk_full
-from vit_finetune.hub_repos import explaining_errors, resolve_commit
+from vit_finetune.hub_repos import explaining_errors, parse_hub_id, resolve_commit
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError
 
@@ -32,9 +35,8 @@ def is_hub_id(path: str) -> bool:
 
     A Hub id has an owner; a misspelt path, archive or table should not send anybody to the network.
     """
-    looks = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
     is_file_name = is_archive(Path(path)) or Path(path).suffix.lower() in TABLE_SUFFIXES
-    return looks and not is_file_name and not Path(path).exists()
+    return not is_file_name and parse_hub_id(path) == (path, None)
 
 
 def load_hub_dataset(config: DataConfig) -> Source:
@@ -44,7 +46,9 @@ def load_hub_dataset(config: DataConfig) -> Source:
         RunError: as `load_from_hub` and `arrange_columns`.
     """
     loaded, commit = load_from_hub(config)
-    return replace(arrange_columns(loaded, config), revision=commit)
+    # A dataset of image files or archives is one of names: where the client put those of this very dataset.
+    own = f"{constants.HF_HUB_CACHE}/datasets--{config.path.replace('/', '--')}"
+    return replace(arrange_columns(loaded, config, own), revision=commit)
 
 
 def load_from_hub(config: DataConfig, streaming: bool = False) -> tuple[Any, str | None]:
@@ -76,11 +80,37 @@ def load_from_hub(config: DataConfig, streaming: bool = False) -> tuple[Any, str
                 raise
             if commit is not None:
                 HfApi().auth_check(where, repo_type="dataset")  # `datasets` hides that it is gated
+            if isinstance(error, ValueError):
+                _check_subset(config, commit)
             raise RunError(
-                f"{where}: could not be loaded from the Hub ({type(error).__name__}: {error}). It is no "
-                f"folder or file on this machine either; set data.path=…"
+                f"{where}: could not be loaded from the Hub ({_reason(error)}). It is no folder or file on "
+                f"this machine either; set data.path=…"
             ) from error
-    return loaded, commit if streaming else _check_commit(loaded, commit, config)
+    if streaming:
+        return loaded, commit
+    found = _check_commit(loaded, commit, config)
+    if commit is None:
+        say(f"{where}: HF_HUB_OFFLINE is set; taken from the cache{f', commit {found}' if found else ''}")
+    return loaded, found
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, and behind the few words of a `DatasetGenerationError` what it came from."""
+    return f"{type(error).__name__}: {error}" + (f": {error.__cause__}" if error.__cause__ else "")
+
+
+def _check_subset(config: DataConfig, commit: str | None) -> None:
+    """Raises RunError where it is the subset that a dataset could not be loaded for."""
+    try:
+        subsets = datasets.get_dataset_config_names(config.path, revision=commit or config.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError):
+        return  # something else is wrong with it
+    if config.subset in subsets or (config.subset is None and len(subsets) < 2):
+        return
+    instead = "" if config.subset is None else f", and no {config.subset}"
+    raise RunError(
+        f"{config.path} has the subsets {first_of(subsets, 20)}{instead}. Set data.subset=… to one of them"
+    )
 
 
 def _check_commit(loaded: datasets.DatasetDict, commit: str | None, config: DataConfig) -> str | None:
@@ -102,15 +132,20 @@ def _check_commit(loaded: datasets.DatasetDict, commit: str | None, config: Data
     return found if found and re.fullmatch(r"[0-9a-f]{40}", found) else commit
 
 
-def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
+def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig, own: str | None = None) -> Source:
     """A Hub dataset under our split and column names.
 
     An image's id is the name in the string column `file_name` where each has one of its own, else its row's
     number. Classes keep the dataset's own order where it has one, else they are sorted naturally.
 
+    Args:
+        loaded: by split.
+        config: which columns.
+        own: the folder with the dataset's own files, which it may name in the place of images.
+
     Raises:
-        RunError: columns or splits that cannot be told apart, several labels per image, one class only, or
-            class lists that differ between splits.
+        RunError: names of other files, columns or splits that cannot be told apart, several labels per image,
+            one class only, or class lists that differ between splits.
     """
     notices: list[str] = []
     splits = _name_splits(loaded, config, notices)
@@ -119,6 +154,7 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
     if not isinstance(features[image], datasets.Image):
         raise RunError(f"{config.path}: the column {image} holds {features[image]}; expected images")
     label = typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
+    splits = {split: _check_names(config.path, rows, image, own) for split, rows in splits.items()}
     labels_of: dict[str, list[str | None]] = {}
     classes: dict[str, set[str]] = {}
     for split, dataset in list(splits.items()):
@@ -143,6 +179,35 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig) -> Source:
         for split, dataset in splits.items()
     }
     return Source("hub", arranged, labels, notices)
+
+
+def _check_names(path: str, rows: datasets.Dataset, image: str, own: str | None) -> datasets.Dataset:
+    """The rows, those that name a place in an archive with the image itself.
+
+    Raises:
+        RunError: other files than the dataset's own are named: it does not decide what is read.
+    """
+    if image not in rows.features:
+        return rows  # which is said elsewhere
+    archived = False
+    for chunk in column_array(rows, image).chunks:
+        names = chunk.field("path").filter(pc.is_null(chunk.field("bytes"))).drop_null()
+        if own is None:
+            foreign = names
+        else:
+            inside = r"(?:[^:]|:[^:])*"  # without the :: behind which fsspec names another file
+            is_own = pc.match_substring_regex(names, rf"^(?:\w+://{inside}::)?\Q{own}\E/{inside}$")
+            foreign = names.filter(pc.or_(pc.invert(is_own), pc.match_substring(names, "/../")))
+            archived |= bool(pc.any(pc.match_substring(names, "::")).as_py())
+        if len(foreign):
+            raise RunError(
+                f"{path}: holds the name of a file, {foreign[0].as_py()!r}, where the column {image} should "
+                f"hold an image's bytes. Write the bytes into it"
+            )
+    if not archived:
+        return rows
+    # Once; `datasets` finds them again in its cache.
+    return rows.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100).with_format(None)
 
 
 def _name_splits(

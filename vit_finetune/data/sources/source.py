@@ -15,7 +15,6 @@ from vit_finetune.data.sources.archives import cache_dir, is_archive, unpack
 from vit_finetune.data.sources.columns import (
     Source,
     build_dataset,
-    column_array,
     column_values,
     common_labels,
 )
@@ -170,26 +169,12 @@ def _from_parquet(shards: Shards, config: DataConfig) -> Source:
     loaded = loaded.select_columns(list(dict.fromkeys([image, label, *others]))).cast_column(
         image, datasets.Image()
     )
-    _refuse_names_of_files(config.path, loaded, image)
     names = read_class_names(shards.root)
     if names and not isinstance(loaded[next(iter(loaded))].features[label], datasets.ClassLabel):
         loaded = loaded.cast_column(label, datasets.ClassLabel(names=names))
     chosen = config.model_copy(update={"image_column": image, "label_column": label})
     source = arrange_columns(loaded, chosen)
     return replace(source, kind="parquet")
-
-
-def _refuse_names_of_files(path: str, loaded: datasets.DatasetDict, image: str) -> None:
-    """Raises RunError where rows name files instead of holding images: shards do not decide what is read."""
-    for rows in loaded.values():
-        for chunk in column_array(rows, image).chunks:
-            named = pc.and_(pc.is_null(chunk.field("bytes")), pc.is_valid(chunk.field("path")))
-            if pc.any(named).as_py():
-                name = chunk.field("path").filter(named)[0].as_py()
-                raise RunError(
-                    f"{path}: holds the name of a file, {name!r}, where the column {image} should hold an "
-                    f"image's bytes. Write the bytes into it"
-                )
 
 
 # --------------------------------------------------------------------------- what is built in
