@@ -18,7 +18,7 @@ from huggingface_hub import (
 )
 
 from vit_finetune.files import write_text
-from vit_finetune.publishing.markdown import build_environment, join_card, join_tags, read_card
+from vit_finetune.publishing.markdown import MOST_NAMED, build_environment, join_card, join_tags, read_card
 from vit_finetune.publishing.record import (
     FEW_IMAGES,
     Record,
@@ -46,8 +46,6 @@ from vit_finetune.publishing.redaction import (
 from vit_finetune.recipe import HubConfig
 from vit_finetune.run import TOLD, Finding, Report, Run, RunError
 
-MOST_NAMED = 5
-"""Images that the card names of each finding; their number stands in its sentence."""
 _NOWHERE = "path/to/this/folder"
 """What stands in the usage where the model has no id."""
 

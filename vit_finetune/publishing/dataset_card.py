@@ -16,12 +16,10 @@ from vit_finetune.data.checkup.checkup import Checkup
 from vit_finetune.data.sources.columns import column_array
 from vit_finetune.data.sources.folders import ALL
 from vit_finetune.data.splits.prepared import fingerprint
-from vit_finetune.publishing.markdown import build_environment, join_card, join_tags, read_card
+from vit_finetune.publishing.markdown import MOST_NAMED, build_environment, join_card, join_tags, read_card
 from vit_finetune.publishing.redaction import Markdown, fenced
 from vit_finetune.run import TOLD
 
-MOST_NAMED = 5
-"""Images that the card names of each finding; their number stands in its sentence."""
 COUNTED = ("size_categories", "dataset_info", "configs")
 """Keys of the front matter that say what is there, and not what somebody wants said of it."""
 _OURS = re.compile(r"<!-- vit-finetune: .*<!-- vit-finetune ends -->", re.DOTALL)

@@ -14,6 +14,8 @@ from vit_finetune.publishing.redaction import Markdown, escape_markdown, without
 from vit_finetune.run import RunError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
+MOST_NAMED = 5
+"""Images that a card names of each finding; their number stands in its sentence."""
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?\n|)---[ \t]*(?:\n(.*)|)", re.DOTALL)
 
 
