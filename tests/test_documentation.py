@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -130,3 +131,19 @@ def test_the_scripts_are_readable_by_a_shell() -> None:
     for path in [ROOT / ".ci" / "run", *(ROOT / "scripts").iterdir()]:
         if path.suffix != ".py" and path.is_file():
             subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_quickstart_passes_its_words_on(tmp_path: Path) -> None:
+    """To the training, and not to pip: both are stood in for by what writes down how it was called."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("python", "vit-finetune"):
+        program = tmp_path / ".venv" / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text('#!/bin/sh\necho "$(basename "$0") $*" >> told\n')
+        program.chmod(0o755)
+    subprocess.run(["bash", "scripts/quickstart", "training.num_train_epochs=5"], cwd=tmp_path, check=True)
+    installed, trained = (tmp_path / "told").read_text().splitlines()
+    assert installed.startswith("python -m pip install") and " --editable . --constraint" in installed
+    assert trained == "vit-finetune train digits training.num_train_epochs=5"
