@@ -89,7 +89,10 @@ def push_to_hub(
         )
     files = Files(_contents(run, hub, edited))
     if not publishable_license(run, hub):
-        warn("the card names no license, so nobody knows what they may do with the model: set hub.license")
+        warn(
+            "the card names no license, so nobody knows what they may do with it: set hub.license, or say "
+            "--license ID"
+        )
     if dry_run:
         _show(files)
         return None
