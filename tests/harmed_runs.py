@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def checkpoints(run: Run) -> dict[int, Path]:
     """The checkpoints that can be seen, by step."""
     found = run.checkpoints.glob("checkpoint-*")
     return {int(path.name.removeprefix("checkpoint-")): path for path in found if path.name[11:].isdigit()}
+
+
+def nameless(run: Run) -> list[Path]:
+    """Checkpoints that were written to their end, and killed before they got their name."""
+    found = []
+    for path in run.checkpoints.glob(".checkpoint-*.partial"):
+        with suppress(AssertionError, OSError, ValueError):
+            check_whole(path)
+            found.append(path)
+    return found
 
 
 def check_whole(checkpoint: Path) -> None:

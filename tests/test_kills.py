@@ -18,7 +18,7 @@ import psutil
 import pytest
 from conftest import draw_folder, tiny_recipe
 from fork_server import QUICK, Child, ForkServer, wait_for
-from harmed_runs import check_same_end, check_whole, checkpoints, temporary
+from harmed_runs import check_same_end, check_whole, checkpoints, nameless, temporary
 
 from vit_finetune.run import Run
 
@@ -127,7 +127,10 @@ class Killing:
         wait_for(count, pause=0.001)
 
     def look(self, run: Run, child: Child, base: int) -> int:
-        """What a kill left: all that is seen is whole, and nothing older than it must be. Answers the newest step."""
+        """What a kill left: all that is seen is whole, and nothing older than it must be.
+
+        Answers the newest step that can be resumed from: of a checkpoint that lacked only its name, too.
+        """
         found = checkpoints(run)
         for path in found.values():
             check_whole(path)
@@ -136,7 +139,7 @@ class Killing:
         evaluations = child.stderr.count("validation: ")
         assert newest >= min(STEPS, base + EVERY * (evaluations - 1)), child.stderr
         assert newest >= base
-        return newest
+        return max(newest, *(int(path.name.split("-")[1].split(".")[0]) for path in nameless(run)), 0)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import load_recipe
-from vit_finetune.training import loading
+from vit_finetune.training import hardware, loading
 from vit_finetune.training.hardware import Hardware, choose_hardware, estimate_memory, measure_step
 from vit_finetune.training.loading import (
     Loading,
@@ -191,17 +192,19 @@ def batches_measured(
 ) -> list[int]:
     """The batches that a step is measured with, on a device that takes as long for many images as for few."""
     model, _ = load_model(tiny_recipe("x", tmp_path).model, ["a", "b"])
-    forward, seen = model.forward, []
+    forward, seen, clock = model.forward, [], [0.0]
 
     def answer(pixel_values: torch.Tensor) -> Any:
         if len(pixel_values) > fits:
             raise torch.OutOfMemoryError
         seen.append(len(pixel_values))
-        time.sleep(0.03)
+        clock[0] += 0.03
         return forward(pixel_values=pixel_values)
 
     monkeypatch.setattr(model, "forward", answer)
-    assert 0 < measure_step(model, torch.device("cpu"), None, batch_size) < 0.1
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    each = measure_step(model, torch.device("cpu"), None, batch_size)
+    assert each == pytest.approx(0.03 / seen[-1])
     assert all(parameter.grad is None for parameter in model.parameters())
     return seen
 
