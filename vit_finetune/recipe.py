@@ -82,6 +82,23 @@ class Recipe(Section):
                 raise _Nested("training", error) from None
         return values
 
+    @model_validator(mode="after")
+    def _can_be_probed(self) -> Recipe:
+        if self.model.method != "linear_probe":
+            return self
+        mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augmentation, name)]
+        if mixed:
+            raise ValueError(
+                f"augmentation.{mixed[0]} mixes training batches, and a linear probe has none: leave it "
+                f"out, or write model.method: head"
+            )
+        if self.data.streaming:
+            raise ValueError(
+                "a linear probe needs the features of all images at once, so it does not go with "
+                "data.streaming: leave it out, or write model.method: head"
+            )
+        return self
+
     @property
     def output_dir(self) -> Path:
         """The run folder."""

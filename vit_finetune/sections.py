@@ -177,6 +177,9 @@ class ModelConfig(Section):
     the checkpoint's own way if unset."""
     crop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.875
     """With `resize: crop`, the crop's side by the shortest edge it is cut from."""
+    method: Literal["full", "head", "linear_probe"] = "full"
+    """What is trained: all weights; the head alone, on what the frozen encoder makes of augmented images; or
+    `linear_probe`: the head, fitted in seconds to features that are computed once."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
 
     @model_validator(mode="after")
