@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import TINY_VIT, draw_folder, tiny_recipe
@@ -16,15 +18,20 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTForImageClassification,
+    pipeline,
 )
 
+from vit_finetune import probing
+from vit_finetune.checking import check
 from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import EvaluationImages, normalize
 from vit_finetune.evaluation.scoring import compute_label_metrics
+from vit_finetune.finetuning import finetune
 from vit_finetune.model.head import freeze_encoder, head_of
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import ModelConfig, RecipeError, build_recipe
-from vit_finetune.run import RunError
+from vit_finetune.run import Report, RunError
 from vit_finetune.training import features as features_module
 from vit_finetune.training.features import FeatureStore, compute_features, feature_folder
 from vit_finetune.training.hardware import Hardware
@@ -199,3 +206,116 @@ def test_what_does_not_go_with_a_probe_is_refused_by_name(section: dict[str, Any
     values = {"data": {"path": "photos"}, "model": {"path": "x/y", "method": "linear_probe"}} | section
     with pytest.raises(RecipeError, match=expected):
         build_recipe(values, name="probe")
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose features tell colours apart: as good as any random ones do."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pretrained")
+    model, processor = load_model(ModelConfig(config=TINY_VIT), ["x", "y"])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def probe_recipe(
+    photos: Path, pretrained: Path, run: Path, method: str = "linear_probe", **training: Any
+) -> Any:
+    model = {"path": str(pretrained), "method": method}
+    values = tiny_recipe(photos, run, training=training).model_dump(exclude_unset=True) | {"model": model}
+    values["data"]["cache"] = "auto"
+    return build_recipe(values, name="tiny")
+
+
+@pytest.mark.slow
+def test_a_probe_is_a_run_like_any_other(
+    folder: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reports, card, a stock model that `pipeline` loads with the report's probabilities; only its head is new."""
+    run = finetune(probe_recipe(folder, pretrained, tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert (
+        "not used by a linear probe: training.learning_rate, training.num_train_epochs, training.per" in said
+    )
+    assert "of which 51 learn" in said and said.count("penalty ") == 10 and said.count("chosen") == 1
+    before = ViTForImageClassification.from_pretrained(pretrained).state_dict()
+    after = ViTForImageClassification.from_pretrained(run.model).state_dict()
+    assert {name for name in after if not after[name].equal(before[name])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    classify = pipeline("image-classification", model=str(run.model), device="cpu")
+    for row in pyarrow.parquet.read_table(run.predictions("test")).to_pylist():
+        answer = {item["label"]: item["score"] for item in classify(str(folder / row["id"]), top_k=3)}
+        names = [classify.model.config.id2label[number] for number in range(3)]
+        assert [answer[name] for name in names] == pytest.approx(row["probabilities"], abs=1e-6)
+    history = json.loads(run.history.read_text())
+    chosen = max(history, key=lambda entry: (entry["eval_accuracy"], -entry["eval_loss"]))
+    assert Report.load(run.report("validation")).accuracy == chosen["eval_accuracy"]
+    assert Report.load(run.report("validation")).log_loss == pytest.approx(chosen["eval_loss"], abs=1e-5)
+    card = (run.model / "README.md").read_text()
+    assert "a linear probe on the frozen encoder of" in card and "Penalty of the head's weights" in card
+    assert run.report_html.is_file() and "by a linear probe" in run.report_html.read_text()
+    # The features are there: another run on them computes none, and is the same.
+    monkeypatch.setattr(features_module, "normalize", None)
+    again = finetune(probe_recipe(folder, pretrained, tmp_path / "again"))
+    assert (again.model / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
+    with pytest.raises(RunError, match="already holds a run"):
+        finetune(probe_recipe(folder, pretrained, tmp_path / "again"))
+    assert finetune(probe_recipe(folder, pretrained, tmp_path / "again"), resume=True).path == again.path
+
+
+@pytest.mark.slow
+def test_a_probe_that_was_stopped_is_completed(
+    folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = probe_recipe(folder, pretrained, tmp_path / "run")
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probing, "fit_probe", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe)
+    run = finetune(recipe, resume=True)
+    whole = finetune(probe_recipe(folder, pretrained, tmp_path / "whole"))
+    assert (run.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_head_alone_is_trained(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    run = finetune(probe_recipe(folder, pretrained, tmp_path / "run", method="head"))
+    before = ViTForImageClassification.from_pretrained(pretrained).state_dict()
+    after = ViTForImageClassification.from_pretrained(run.model).state_dict()
+    assert {name for name in after if not after[name].equal(before[name])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert "a head trained on the frozen encoder of" in (run.model / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "head", "full"])
+def test_check_says_what_would_be_done(
+    folder: Path, pretrained: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = check(probe_recipe(folder, pretrained, tmp_path / "run", method=method))
+    said = capsys.readouterr().err
+    assert ("of which 51 learn" in said) == (method != "full")
+    assert ("linear probe: the features of 18 training images" in said) == (method == "linear_probe")
+    assert ("steps" in facts) == (method != "linear_probe") and facts["splits"]["train"] == 18
+
+
+def test_a_random_encoder_is_not_probed(folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(folder, tmp_path / "run", model={"method": "linear_probe"})
+    with pytest.raises(RunError, match="it would be random"):
+        finetune(recipe)
+    assert not (tmp_path / "run").exists()

@@ -12,13 +12,16 @@ from vit_finetune.data.sources.columns import Source, column_values
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
 from vit_finetune.data.streaming.prepared import prepare_stream
-from vit_finetune.data.transforms import TrainingIndex, check_image_processor, collate
+from vit_finetune.data.transforms import TrainingImages, TrainingIndex, check_image_processor, collate
+from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_model
 from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
+from vit_finetune.probing import check_probe
 from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.pushing import check_destination
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
+from vit_finetune.training.hardware import Hardware
 from vit_finetune.training.images import first_images
 
 
@@ -55,15 +58,25 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
+        adapt(model, recipe.model)
         hardware = plan_hardware(recipe, model, world)
-        train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
-        plan_loading(recipe, data, train, model, hardware, world)
-        batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
-        facts = found | show_plan(recipe, data, model, hardware, world)
-        facts["batch_shape"] = list(batch["pixel_values"].shape)
-        say(f"one batch: pixel_values {tuple(batch['pixel_values'].shape)} uint8, normalised on the device")
+        if recipe.model.method == "linear_probe":
+            check_probe(recipe, model, world.size)
+            facts = found | show_plan(recipe, data, model, hardware, world)
+        else:
+            train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
+            plan_loading(recipe, data, train, model, hardware, world)
+            facts = found | show_plan(recipe, data, model, hardware, world) | _show_batch(train, hardware)
         _show_classes(data)
     return facts
+
+
+def _show_batch(train: TrainingImages, hardware: Hardware) -> dict[str, Any]:
+    """Says what a batch looks like; answers it as a fact."""
+    batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])
+    shape = batch["pixel_values"].shape
+    say(f"one batch: pixel_values {tuple(shape)} uint8, normalised on the device")
+    return {"batch_shape": list(shape)}
 
 
 def _show_checkup(recipe: Recipe, source: Source, checkup: Checkup, folder: Path) -> dict[str, Any]:

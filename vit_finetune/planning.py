@@ -58,9 +58,12 @@ def plan_hardware(
     recipe: Recipe, model: PreTrainedModel, world: World, before: dict[str, Any] | None = None
 ) -> Hardware:
     """What to use of the machine, the same in every process."""
+    is_probe = recipe.model.method == "linear_probe"  # which has no batches, and nothing that it went on from
     hardware: Hardware = world.from_main(
-        choose_hardware(recipe.training, recipe.model, model, before, world.size)
+        choose_hardware(recipe.training, recipe.model, model, None if is_probe else before, world.size)
     )
+    if is_probe:
+        hardware.choices = [choice for choice in hardware.choices if choice.name != "batch"]
     model.set_attn_implementation(hardware.attn_implementation)
     return hardware
 
@@ -92,13 +95,15 @@ def show_plan(
     recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, world: World
 ) -> dict[str, Any]:
     """Says what is about to be done, and answers it as facts by name."""
-    counts: dict[str, int | None] = {name: len(split) for name, split in data.splits.items()}
-    facts = describe_model(model)
+    facts = _show_data_and_model(recipe, data, model, hardware, world)
+    if recipe.model.method == "linear_probe":
+        images = len(data.splits["train"])
+        say(f"linear probe: the features of {images:,} training images, computed once, and then the head")
+        return facts
     processes, accumulation = world.size, hardware.accumulation
     per_step = processes * hardware.batch_size * accumulation
     epochs, steps = recipe.training.num_train_epochs, int(getattr(recipe.training, "max_steps", -1))
     if isinstance(data, PreparedStream):
-        counts = {"train": data.train.num_images} | counts
         batches = count_batches(data.train, hardware.batch_size, processes) or steps * accumulation
     else:
         batches = -(-len(data.splits["train"]) // (processes * hardware.batch_size))
@@ -108,6 +113,22 @@ def show_plan(
     fixed, each = estimate_memory(model)
     memory = fixed + each * hardware.batch_size
     say(
+        f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "
+        f"{accumulation} accumulation = {per_step} images per step; {steps:,} steps, "
+        f"{steps_per_epoch:,} an epoch; about {memory / 1e9:.1f} GB"
+    )
+    return facts | {"images_per_step": per_step, "steps": steps, "memory_bytes": memory}
+
+
+def _show_data_and_model(
+    recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, world: World
+) -> dict[str, Any]:
+    """Says what is trained on what and by what; answers it as facts by name."""
+    counts: dict[str, int | None] = {name: len(split) for name, split in data.splits.items()}
+    if isinstance(data, PreparedStream):
+        counts = {"train": data.train.num_images} | counts
+    facts = describe_model(model)
+    say(
         f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
         + ", ".join(
             f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
@@ -116,26 +137,21 @@ def show_plan(
     size = "×".join(map(str, facts["image_size"]))
     tokens = f", {facts['tokens']} tokens" if "tokens" in facts else ""
     origin = recipe.model.path or "from scratch"
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = f", of which {learning:,} learn" if learning < facts["parameters"] else ""
     say(
-        f"model: {facts['architecture']}, {origin}, {facts['parameters']:,} parameters, {size} pixels{tokens}"
+        f"model: {facts['architecture']}, {origin}, {facts['parameters']:,} parameters{frozen}, {size} "
+        f"pixels{tokens}"
     )
     for choice in hardware.choices:
         say(f"{choice.name}: {choice.value} ({choice.reason})")
-    if not hardware.use_cpu and processes == 1 < torch.accelerator.device_count():
+    if not hardware.use_cpu and world.size == 1 < torch.accelerator.device_count():
         say(
             f"this process uses one of {torch.accelerator.device_count()} devices; "
             f"`accelerate launch -m vit_finetune …` uses all"
         )
-    say(
-        f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "
-        f"{accumulation} accumulation = {per_step} images per step; {steps:,} steps, "
-        f"{steps_per_epoch:,} an epoch; about {memory / 1e9:.1f} GB"
-    )
     return facts | {
         "labels": data.labels,
         "splits": counts,
         "choices": [asdict(choice) for choice in hardware.choices],
-        "images_per_step": per_step,
-        "steps": steps,
-        "memory_bytes": memory,
     }

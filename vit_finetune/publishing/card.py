@@ -49,6 +49,13 @@ from vit_finetune.run import TOLD, Finding, Report, Run, RunError
 _NOWHERE = "path/to/this/folder"
 """What stands in the usage where the model has no id."""
 
+TRAINED = {
+    "full": "fine-tuned from ",
+    "head": "a head trained on the frozen encoder of ",
+    "linear_probe": "a linear probe on the frozen encoder of ",
+}
+"""What stands before the name of the base model, by `model.method`."""
+
 
 def write_card(run: Run) -> Path:
     """The path of the card, `model/README.md`, written whole or not at all.
@@ -141,6 +148,7 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         classes=class_rows(report) if report else [],
         limits=_limits(report) if report else [],
         base_model=values_without_paths(record.model.get("base_model")),
+        trained=TRAINED[record.model.get("method", "full")],
         data_name=_dataset_name(record),
         dataset=_dataset_id(record),
         scores=score_rows(record),

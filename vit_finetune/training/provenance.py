@@ -73,7 +73,7 @@ def describe_start(
         "images_per_step": processes * hardware.batch_size * hardware.accumulation,
         "data": data.describe(recipe.data.path),
         "labels": data.labels,
-        "model": describe_model(model) | {"base_model": recipe.model.path},
+        "model": describe_model(model) | {"base_model": recipe.model.path, "method": recipe.model.method},
     }
     if before and _fingerprints(before["data"]) != _fingerprints(facts["data"]):
         raise RunError(
