@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, se
 
 from vit_finetune.console import say, show_table, warn, warn_of_findings
 from vit_finetune.data.batches import naming_loader_errors
+from vit_finetune.data.mixing import build_mixing
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.files import save_splits
 from vit_finetune.data.splits.prepared import PreparedData, pinned
@@ -109,6 +110,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             batches or train,
             EvaluationImages(data.splits["validation"], image_processor),
             compute_metrics=_validation_metrics,
+            mixing=build_mixing(recipe.augmentation, len(data.labels)),
             stop=stop,
             callbacks=[display := ProgressDisplay(provenance["images_per_step"])],
         )

@@ -139,6 +139,12 @@ class AugmentationConfig(Section):
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     random_erasing: Probability = 0.0
     """Share of training images with one rectangle painted over in the mean colour (Zhong et al., 2017)."""
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Each image of a batch is blended with another by a share drawn from Beta(α, α), and so are the targets
+    (Zhang et al., 2018); 0 is off."""
+    cutmix_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """A rectangle of another image, its share of the area drawn from Beta(α, α), is pasted into each (Yun et
+    al., 2019); 0 is off. With `mixup_alpha`, each batch gets one of the two."""
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImag
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import EpochSampler
+from vit_finetune.data.mixing import build_mixing
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.evaluation.scoring import score
@@ -52,6 +53,7 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
         compute_metrics=lambda prediction: {
             "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
         },
+        mixing=build_mixing(recipe.augmentation, model.config.num_labels),
         callbacks=callbacks,
     )
 

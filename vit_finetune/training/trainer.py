@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import outlive_signals
+from vit_finetune.data.mixing import mix
 from vit_finetune.data.streaming.batches import StreamBatches
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.run import RunError
@@ -41,6 +43,7 @@ class ViTTrainer(ResumableTrainer):
         train_dataset: training images.
         eval_dataset: validation images.
         compute_metrics: from the Trainer's `EvalPrediction` of the validation images to their scores by name.
+        mixing: mixes the images and targets of each training batch, as `build_mixing` makes it.
         stop: what listens for signals; joins the callbacks.
         callbacks: more of the Trainer's callbacks.
     """
@@ -53,6 +56,7 @@ class ViTTrainer(ResumableTrainer):
         train_dataset: TrainingImages | StreamBatches,
         eval_dataset: EvaluationImages,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        mixing: v2.Transform | None = None,
         stop: StopOnSignal | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -73,7 +77,7 @@ class ViTTrainer(ResumableTrainer):
         self.remove_callback(PrinterCallback)
         if args.bf16 and args.device.type == "cpu":
             share_casts(model)
-        self.image_processor, self.stop = image_processor, stop
+        self.image_processor, self.mixing, self.stop = image_processor, mixing, stop
         self.seen_images = 0
         self.seconds = {"images": 0.0, "evaluation": 0.0, "checkpoints": 0.0}
         self.batch_number = 0
@@ -159,7 +163,7 @@ class ViTTrainer(ResumableTrainer):
     """Of the next batch among those of this process that make up the step."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The Trainer's; dropout's random numbers depend on seed, step and the batch's place alone."""
+        """The Trainer's; random numbers of mixing and dropout depend on seed, step and the batch's place."""
         place = self.batch_number * self.args.world_size + self.args.process_index
         numbers = generator_of(self.args.seed, self.state.global_step, f"batch {place}")
         torch.manual_seed(numbers.getrandbits(63))
@@ -192,7 +196,10 @@ class ViTTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the batch, smoothed while training; with the outputs where they are asked for."""
+        """Cross-entropy of the batch, mixed and smoothed while training; with the outputs where asked for."""
+        if self.mixing is not None and model.training:
+            pixel_values, labels = mix(self.mixing, inputs["pixel_values"], inputs["labels"])
+            inputs = {**inputs, "pixel_values": pixel_values, "labels": labels}
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         count = num_items_in_batch if model.training else None
