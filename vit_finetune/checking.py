@@ -13,6 +13,7 @@ from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
 from vit_finetune.data.streaming.prepared import prepare_stream
 from vit_finetune.data.transforms import TrainingIndex, check_image_processor, collate
+from vit_finetune.model.adaptation import add_drop_path
 from vit_finetune.model.loading import load_model
 from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
 from vit_finetune.publishing.checkup_page import shown_images, write_checkup
@@ -54,6 +55,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             data = prepare_splits(recipe.data, checkup)
             warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         model, image_processor = load_model(recipe.model, data.labels)
+        add_drop_path(model, recipe.model.drop_path_rate)
         check_image_processor(image_processor)
         hardware = plan_hardware(recipe, model, world)
         train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)

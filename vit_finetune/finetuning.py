@@ -30,6 +30,7 @@ from vit_finetune.data.transforms import (
 )
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
 from vit_finetune.files import folder_written_whole, sync, write_json, write_text, written_whole
+from vit_finetune.model.adaptation import add_drop_path
 from vit_finetune.model.loading import load_checkpoint, load_model
 from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
 from vit_finetune.publishing.card import write_card
@@ -84,6 +85,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             )
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
+        add_drop_path(model, recipe.model.drop_path_rate)
         check_image_processor(image_processor)
         hardware = plan_hardware(recipe, model, world, before)
         train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
