@@ -272,20 +272,24 @@ def test_training_equals_a_plain_loop(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kill_at", "checkpointing"), [(5, False), (8, False), (5, True)])
+@pytest.mark.parametrize(
+    ("kill_at", "more"), [(5, {}), (8, {}), (5, {"gradient_checkpointing": True, "bf16": True})]
+)
 def test_resumed_equals_uninterrupted(
-    folder: Path, tmp_path: Path, kill_at: int, checkpointing: bool
+    folder: Path, tmp_path: Path, kill_at: int, more: dict[str, Any]
 ) -> None:
-    """With dropout, layer decay and the head's multiplier; the best checkpoint is restored at the end, too."""
+    """With dropout, mixing, smoothing, layer decay and the head's multiplier; the best checkpoint is restored, too."""
     options = {
         **{f"{what}_strategy": "steps" for what in ("save", "eval")},
         **{f"{what}_steps": 2 for what in ("save", "eval")},
         "num_train_epochs": 3,
         "layer_decay": 0.7,
         "head_lr_multiplier": 3.0,
-        "gradient_checkpointing": checkpointing,
+        "label_smoothing_factor": 0.1,
+        **more,
     }
-    recipe = tiny_recipe(folder, tmp_path, model=DEEP, augmentation=AUGMENTED, training=options)
+    mixed = {**AUGMENTED, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+    recipe = tiny_recipe(folder, tmp_path, model=DEEP, augmentation=mixed, training=options)
     whole = build_trainer(recipe, tmp_path / "whole")
     whole.train()
     killed = build_trainer(recipe, tmp_path / "killed", [KillAt(kill_at)])
@@ -327,6 +331,11 @@ def test_only_training_drops(folder: Path, tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- the head's learning rate
+
+
+def test_a_small_encoder_below_a_large_head_is_found() -> None:
+    model = build(labels=2000)
+    assert find_encoder(model, "key") == ("vit.layers", model.vit.layers)
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])

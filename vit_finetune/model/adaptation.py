@@ -36,7 +36,8 @@ def find_encoder(model: PreTrainedModel, key: str) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len({_size(layer) for layer in module}) == 1
     }
     encoder = max(stacks, key=lambda name: _size(stacks[name]), default=None)
-    if encoder is None or _size(stacks[encoder]) < _size(model) / 2:
+    body = sum(p.numel() for name, p in model.named_parameters() if not is_in_head(name))
+    if encoder is None or _size(stacks[encoder]) < body / 2:
         raise RunError(f"{key} needs a stack of encoder layers, which {type(model).__name__} lacks")
     return encoder, stacks[encoder]
 
