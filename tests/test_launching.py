@@ -146,7 +146,7 @@ def write_recipe(path: Path, photos: Path, output_dir: Path) -> Path:
         "adam_epsilon": 1e-3,  # the usual one turns the rounding of gradients near zero into steps
         "metric_for_best_model": "loss",
     }
-    recipe = tiny_recipe(photos, output_dir, training=training)
+    recipe = tiny_recipe(photos, output_dir, model={"drop_path_rate": 0.3}, training=training)
     path.write_text(recipe.to_yaml(resolved=False), encoding="utf-8")
     return path
 

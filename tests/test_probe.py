@@ -200,6 +200,7 @@ def test_a_model_with_two_heads_is_refused() -> None:
         ({"augmentation": {"mixup_alpha": 0.2}}, "augmentation.mixup_alpha mixes training batches"),
         ({"augmentation": {"cutmix_alpha": 1}}, "augmentation.cutmix_alpha mixes training batches"),
         ({"data": {"path": "shards", "streaming": True}}, "does not go with data.streaming"),
+        ({"model": {"path": "x/y", "method": "head", "drop_path_rate": 0.1}}, "drops layers that learn"),
     ],
 )
 def test_what_does_not_go_with_a_probe_is_refused_by_name(section: dict[str, Any], expected: str) -> None:

@@ -184,7 +184,7 @@ def build(photos: Path, output: Path, division: Division, dropout: bool = False,
     return tiny_recipe(
         photos,
         output,
-        model={"config": {**TINY_VIT, **(DROPOUT if dropout else {})}},
+        model={"config": {**TINY_VIT, **DROPOUT}, "drop_path_rate": 0.3} if dropout else {"config": TINY_VIT},
         augmentation={"crop_scale": [0.5, 1.0], "random_erasing": 0.3},  # each image stays one of its own
         training={
             **{f"{what}_strategy": "steps" for what in ("save", "eval")},

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from vit_finetune.sections import (
+    DROP_PATH_MODELS,
     REFUSED_TRAINING_KEYS,
     AugmentationConfig,
     DataConfig,
@@ -29,6 +30,7 @@ from vit_finetune.sections import (
 )
 
 __all__ = [
+    "DROP_PATH_MODELS",
     "AugmentationConfig",
     "DataConfig",
     "EvaluationConfig",

@@ -161,6 +161,14 @@ class AugmentationConfig(Section):
         return value
 
 
+DROP_PATH_MODELS = (
+    *("vit", "deit", "vit_msn", "ijepa", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers"),
+    *("swin", "swinv2", "donut-swin", "hiera", "focalnet", "pvt", "pvt_v2", "segformer"),
+    *("convnext", "convnextv2", "bit"),
+)
+"""Architectures, by transformers' `model_type`, whose residual branches `model.drop_path_rate` can drop."""
+
+
 class ModelConfig(Section):
     """Section `model:`: pretrained from `path`, or from scratch by `config`."""
 
@@ -181,12 +189,41 @@ class ModelConfig(Section):
     """What is trained: all weights; the head alone, on what the frozen encoder makes of augmented images; or
     `linear_probe`: the head, fitted in seconds to features that are computed once."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    drop_path_rate: Fraction | None = None
+    """Stochastic depth (Huang et al., 2016): share of the images for which the last layer's residual branches
+    are left out of a training step, falling linearly to 0 in the first layer. The published model has none of
+    it. Unset, the architecture's own, which is 0 for ViT."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
             raise ValueError(
                 "write one of `path` (a checkpoint to fine-tune) and `config` (a model to train from scratch)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drops_what_learns(self) -> ModelConfig:
+        if self.drop_path_rate and self.method != "full":
+            raise ValueError(
+                f"drop_path_rate drops layers that learn, and with method {self.method} none does: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_drop_paths(self) -> ModelConfig:
+        if self.drop_path_rate is None or self.config is None:
+            return self
+        if "drop_path_rate" in self.config:
+            raise ValueError(
+                "drop_path_rate and config.drop_path_rate say it twice: leave out one of them. The config's "
+                "is published with the model"
+            )
+        model_type = str(self.config.get("model_type", "vit"))
+        if self.drop_path_rate and model_type not in DROP_PATH_MODELS:
+            raise ValueError(
+                f"drop_path_rate cannot drop layers of {model_type} models; it goes with "
+                f"{', '.join(DROP_PATH_MODELS)}. Leave it out"
             )
         return self
 
@@ -269,6 +306,9 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rate of each layer by that of the layer above it (Bao et al., 2021, BEiT); 1 is off."""
+    head_lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the head by `learning_rate`, with and without `layer_decay`: above 1 it learns faster
+    than the pretrained layers; 1 is off."""
     label_smoothing_factor: Fraction = 0.0
     per_device_train_batch_size: Positive | Literal["auto"] = 32
     gradient_accumulation_steps: Positive = 1

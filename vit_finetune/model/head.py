@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from vit_finetune.run import RunError
+
+HEAD = re.compile(r"^(?:_orig_mod\.)?(?:classifier|head|dist_head|fc|score)\.")
+"""What transformers' image classifiers call the module that turns the encoder's features into logits.
+
+Compiled, a model stands below `_orig_mod`.
+"""
+
+
+def is_in_head(name: str) -> bool:
+    """Whether a parameter of this name belongs to the head of a classifier, and not to its encoder."""
+    return HEAD.match(name) is not None
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:

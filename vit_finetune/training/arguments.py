@@ -22,6 +22,9 @@ class ViTTrainingArguments(TrainingArguments):
     layer_decay: float = field(
         default=1.0, metadata={"help": "Learning rate of each layer by that of the layer above it; 1 is off."}
     )
+    head_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of the head by that of all else; 1 is off."}
+    )
 
     @property
     def n_gpu(self) -> int:

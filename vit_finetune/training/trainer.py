@@ -222,7 +222,11 @@ class ViTTrainer(ResumableTrainer):
                     f"optimizer that takes groups, such as adamw_torch_fused"
                 )
             groups = build_parameter_groups(
-                model, self.args.learning_rate, self.args.weight_decay, self.args.layer_decay
+                model,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                self.args.layer_decay,
+                self.args.head_lr_multiplier,
             )
             self.optimizer = optimizer = cls(groups, **kwargs)
         return optimizer
