@@ -206,7 +206,8 @@ class ModelConfig(Section):
     def _drops_what_learns(self) -> ModelConfig:
         if self.drop_path_rate and self.method != "full":
             raise ValueError(
-                f"drop_path_rate drops layers that learn, and with method {self.method} none does: leave it out"
+                f"drop_path_rate drops layers that learn, and with method {self.method} none does: leave it "
+                f"out"
             )
         return self
 
