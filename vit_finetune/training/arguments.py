@@ -22,6 +22,9 @@ class ViTTrainingArguments(TrainingArguments):
     layer_decay: float = field(
         default=1.0, metadata={"help": "Learning rate of each layer by that of the layer above it; 1 is off."}
     )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "What a step leaves of the average of the weights; 0 keeps none."}
+    )
 
     @property
     def n_gpu(self) -> int:
