@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import worlds
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import TINY_VIT, tiny_recipe
+from conftest import TINY_VIT, draw_folder, tiny_recipe
+from fork_server import QUICK, ForkServer
 from harmed_runs import Place, at, check_same_end, checkpoints, ended, flip, send
 from invariants.test_exactness import (
     AUGMENTED,
@@ -372,3 +374,50 @@ def test_a_divided_model_is_refused() -> None:
         check_average(0.0, {f"ACCELERATE_USE_{name}": "true"})
         with pytest.raises(RunError, match=rf"training\.ema_decay .*\({said}\)"):
             check_average(0.9, {f"ACCELERATE_USE_{name}": "true"})
+
+
+# --------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_keep_the_average_of_one(forks: ForkServer, tmp_path: Path) -> None:
+    """Two processes, stopped and gone on with, end with the weights, averages and scores of one alone."""
+    world = worlds.Place(forks, tmp_path, worlds.draw_photos(tmp_path / "photos"))
+    runs, word = [], "training.ema_decay=0.9"
+    for name, division, stop in (
+        ("alone", worlds.Division(1, 8, 1), None),
+        ("two", worlds.Division(2, 4, 1), None),
+        ("stopped", worlds.Division(2, 4, 1), worlds.Signal(signal.SIGTERM, 7, 1)),
+    ):
+        run, children = world.start(name, division, word, signal=stop)
+        if stop:
+            ended(children, [75, 75], errors=0)
+            run, children = world.start(name, division, word)
+        worlds.finish(children)
+        runs.append(run)
+    alone, two, stopped = runs
+    worlds.check_same_results(two, alone)
+    check_same_averages(stopped, two)
+    for name in (WEIGHTS, f"{AVERAGED}/{WEIGHTS}"):
+        last, other = (load_file(max(checkpoints(run).items())[1] / name) for run in (alone, two))
+        for key, value in last.items():
+            if not key.endswith("key.bias"):  # see worlds.weights
+                torch.testing.assert_close(other[key], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_running_statistics_are_those_of_the_first_process(forks: ForkServer, tmp_path: Path) -> None:
+    """Each process has statistics of its own images: all evaluate the average that is saved."""
+    recipe = tiny_recipe(
+        draw_folder(tmp_path / "photos"), tmp_path / "run", model={"config": RESNET},
+        training={"ema_decay": 0.9}, evaluation={"batch_size": 2},
+    )  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml(resolved=False))
+    words = ("train", tmp_path / "tiny.yaml")
+    worlds.finish(forks.start_world(tmp_path / "world", 2, *words, before=QUICK))
+    run = Run(tmp_path / "run")
+    history = {e["step"]: e["eval_loss"] for e in json.loads(run.history.read_text()) if "eval_loss" in e}
+    published = json.loads(run.report("validation").read_text())["log_loss"]
+    assert published == pytest.approx(history[run.read_provenance()["best_step"]], abs=1e-6)
