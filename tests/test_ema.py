@@ -376,6 +376,12 @@ def test_a_divided_model_is_refused() -> None:
             check_average(0.9, {f"ACCELERATE_USE_{name}": "true"})
 
 
+def test_a_divided_model_is_refused_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RunError, match=r"training\.ema_decay"):
+        finetune(tiny_recipe(tmp_path / "nowhere", tmp_path / "run", training={"ema_decay": 0.9}))
+
+
 # --------------------------------------------------------------------------- several processes
 
 
