@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from vit_finetune.model.loading import describe_model, quiet_transformers
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
 from vit_finetune.training.checkpoints import list_checkpoints
+from vit_finetune.training.ema import check_average
 from vit_finetune.training.hardware import Hardware, choose_hardware, estimate_memory
 from vit_finetune.training.images import keep_workers
 from vit_finetune.training.loading import Loading, choose_loading
@@ -41,8 +43,9 @@ def form_world(recipe: Recipe) -> Iterator[World]:
     """The processes that train together.
 
     Raises:
-        RunError: the launcher meant more of them, or one was lost.
+        RunError: the launcher meant more of them, or one was lost; or it divides what the recipe cannot.
     """
+    check_average(recipe.training.ema_decay, os.environ)
     use_cpu = recipe.training.use_cpu or not torch.accelerator.is_available()
     world = World(recipe.training.ddp_timeout, use_cpu)
     try:
@@ -110,7 +113,7 @@ def show_plan(
     steps_per_epoch = max(1, -(-batches // accumulation))
     if steps <= 0:
         steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
-    fixed, each = estimate_memory(model)
+    fixed, each = estimate_memory(model, averages=recipe.training.ema_decay > 0)
     memory = fixed + each * hardware.batch_size
     say(
         f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "

@@ -351,7 +351,7 @@ def _unknown_key(location: tuple[str, ...]) -> str:
     if suggestions + elsewhere:
         hint = f"did you mean {' or '.join(suggestions + elsewhere)}?"
     elif location[0] == "training":  # too many to list
-        hint = "known are the fields of transformers.TrainingArguments and layer_decay"
+        hint = "known are the fields of transformers.TrainingArguments, layer_decay and ema_decay"
     else:
         hint = f"known: {', '.join(siblings)}"
     return f"{key} is not a recipe key; {hint}"

@@ -310,6 +310,11 @@ class TrainingConfig(Section):
     head_lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
     """Learning rate of the head by `learning_rate`, with and without `layer_decay`: above 1 it learns faster
     than the pretrained layers; 1 is off."""
+    ema_decay: Fraction = 0.0
+    """Share of the exponential moving average of the weights that each step of the optimizer leaves, such as
+    0.999, less in the first steps: at most (1 + t) / (10 + t) in step t (Polyak and Juditsky, 1992; warmed up
+    as TensorFlow's). The average is validated, chosen and published in place of the weights; it takes once
+    more their memory. 0 is off."""
     label_smoothing_factor: Fraction = 0.0
     per_device_train_batch_size: Positive | Literal["auto"] = 32
     gradient_accumulation_steps: Positive = 1
@@ -346,6 +351,17 @@ class TrainingConfig(Section):
                 f"evaluated, but eval_strategy is {self.eval_strategy} and save_strategy is "
                 f"{self.save_strategy}. Write the same for both, or load_best_model_at_end: false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _averages_whole_weights(self) -> TrainingConfig:
+        if self.ema_decay and self.optim.startswith("schedule_free"):
+            raise ValueError(
+                f"optim={self.optim} averages the weights itself: leave out ema_decay, or write another optim"
+            )
+        for name in ("fsdp", "deepspeed"):
+            if self.ema_decay and getattr(self, name, None):
+                raise ValueError(f"ema_decay needs the whole model in each process: leave it out, or {name}")
         return self
 
 

@@ -218,6 +218,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("Peak memory", memory(peak) if peak else ""),
         ("Steps", f"{provenance['steps']:,}" if provenance.get("steps") else ""),
         ("Published weights", f"those of step {best:,}, chosen by the validation split" if best else ""),
+        ("Weights", record.averaging or ""),
         ("Seed", str(provenance.get("seed", ""))),
         ("Versions", versions),
     ]

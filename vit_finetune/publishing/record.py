@@ -46,6 +46,18 @@ class Record:
         return (self.provenance.get("best_step") or None) if chosen else None
 
     @property
+    def averaging(self) -> str | None:
+        """What the published weights are an average of, in words; None where they are no average."""
+        ema = self.provenance.get("ema")
+        if not ema:
+            return None
+        last = f", {ema['last_decay']:.4g} in the last step" if ema["last_decay"] < ema["decay"] else ""
+        return (
+            f"exponential moving average over the steps, with decay {ema['decay']:g}{last}; "
+            f"validation scored the average, too"
+        )
+
+    @property
     def package_version(self) -> str:
         """The version of this package that the run was made with; empty where it is not known."""
         return str((self.provenance.get("versions") or {}).get("vit-finetune", ""))

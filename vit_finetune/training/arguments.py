@@ -25,6 +25,9 @@ class ViTTrainingArguments(TrainingArguments):
     head_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the head by that of all else; 1 is off."}
     )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "What a step leaves of the average of the weights; 0 keeps none."}
+    )
 
     @property
     def n_gpu(self) -> int:

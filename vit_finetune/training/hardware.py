@@ -275,7 +275,7 @@ def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: boo
     free = psutil.virtual_memory().available if use_cpu else torch.cuda.mem_get_info()[0]
     if use_cpu:
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fixed, each = estimate_memory(model)
+    fixed, each = estimate_memory(model, averages=training.ema_decay > 0)
     batch = LARGEST_AUTOMATIC_BATCH
     while batch > 1 and fixed + batch * each > MEMORY_SHARE * free:
         batch //= 2
@@ -287,11 +287,12 @@ def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: boo
     )
 
 
-def estimate_memory(model: PreTrainedModel) -> tuple[int, int]:
+def estimate_memory(model: PreTrainedModel, averages: bool = False) -> tuple[int, int]:
     """Bytes that training takes whatever the batch, and bytes for each image of a batch, in fp32 with AdamW.
 
-    The first are weights, gradients and two moments. The second are counted, not guessed: what one image's
-    forward pass keeps for the backward pass. The allocator's own share is left out.
+    The first are weights, gradients and two moments, and, where `averages` are kept of the weights, these.
+    The second are counted, not guessed: what one image's forward pass keeps for the backward pass. The
+    allocator's own share is left out.
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -314,7 +315,7 @@ def estimate_memory(model: PreTrainedModel) -> tuple[int, int]:
     model.train(was_training)
     for buffer, before in buffers:  # what batch norms learnt from it
         buffer.copy_(before)
-    return 4 * (parameters + 3 * trained), sum(kept.values()) // 2
+    return 4 * (parameters * (2 if averages else 1) + 3 * trained), sum(kept.values()) // 2
 
 
 def image_size_of(model: PreTrainedModel) -> tuple[int, int]:

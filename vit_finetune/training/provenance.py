@@ -107,7 +107,7 @@ def describe_training(
     """
     seconds = trainer.seconds | {"total": metrics["train_runtime"]}
     images = trainer.seen_images
-    state = trainer.state
+    state, average = trainer.state, trainer.average
     chosen = trainer.args.load_best_model_at_end  # else the last weights are kept, whatever scored best
     facts = {
         "train_seconds": round(metrics["train_runtime"] + (before or {}).get("train_seconds", 0.0), 2),
@@ -121,6 +121,7 @@ def describe_training(
         "best_metric": {"name": trainer.args.metric_for_best_model, "value": state.best_metric}
         if chosen
         else None,
+        "ema": {"decay": average.decay, "last_decay": average.last_decay} if average else None,
     }
     if before and not images:  # all was trained already, and only scoring was left to do
         facts |= {name: before[name] for name in facts if name in before}

@@ -27,6 +27,7 @@ from vit_finetune.training.checkpoints import (
     remove_checkpoint,
     rotate_checkpoints,
 )
+from vit_finetune.training.ema import AVERAGED, WeightAverage
 
 
 class EvaluationStopped(Interrupted):
@@ -44,6 +45,8 @@ class ResumableTrainer(Trainer):
     """What listens for signals."""
     diverged: torch.Tensor
     """Whether a loss was not finite; on the device, so that no step waits for it."""
+    average: WeightAverage | None
+    """Of the weights; what is evaluated and left in the model at the end, where there is one."""
 
     # -- steps and ends
 
@@ -60,6 +63,8 @@ class ResumableTrainer(Trainer):
         self._catch_up()
         self._check_finite(weights=True)
         self.args.save_total_limit = None
+        if self.average:  # of the last step; where validation chose another, it is loaded now
+            self.average.end()
         self._tr_loss.fill_(self._mean_over_processes(self._tr_loss))
         return super()._finalize_training(*args, **kwargs)
 
@@ -146,6 +151,7 @@ class ResumableTrainer(Trainer):
                 "total": self._total_loss_scalar,
             },
             "reached": self.reached | {"grad_norm": None if norm is None else float(norm)},
+            "average": {"updates": self.average.updates if self.average else 0},
         }
         if saves:
             shutil.rmtree(written, ignore_errors=True)
@@ -153,6 +159,9 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             self.save_model(str(written), _internal_call=True)
+            if self.average:
+                with self.average.swapped_in():
+                    self.save_model(str(written / AVERAGED), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(written))
                 self._save_scaler(str(written))
@@ -188,6 +197,19 @@ class ResumableTrainer(Trainer):
         self.left_over = dict(self.state.stateful_callbacks)
         self.reached = {"step": self.state.global_step, "epoch_ended": True}
         return progress
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """The Trainer's; the average begins with the weights, or goes on with the checkpoint's."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.average:
+            self.average.begin(self.model)
+            if resume_from_checkpoint is not None:
+                self.average.updates = self.left_over["average"]["updates"]
+                with self.average.swapped_in():
+                    restore_weights(self.model, Path(resume_from_checkpoint) / AVERAGED)
+        return prepared
 
     left_over: dict[str, Any]
     """What the checkpoint that the run was resumed from had not come to."""
@@ -231,4 +253,4 @@ class ResumableTrainer(Trainer):
                 f"{best}, the best checkpoint, cannot be used: {damage}. With --resume the run goes on from "
                 f"the last checkpoint that can"
             )
-        restore_weights(self.model, best)
+        restore_weights(self.model, best / AVERAGED if self.average else best)

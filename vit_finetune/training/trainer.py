@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from vit_finetune.data.transforms import EvaluationImages, TrainingImages, colla
 from vit_finetune.run import RunError
 from vit_finetune.training.arguments import ViTTrainingArguments
 from vit_finetune.training.callbacks import StopOnSignal
+from vit_finetune.training.ema import WeightAverage
 from vit_finetune.training.hardware import share_casts
 from vit_finetune.training.images import build_loader
 from vit_finetune.training.loss import count_images, cross_entropy
@@ -64,6 +65,7 @@ class ViTTrainer(ResumableTrainer):
         self.control: TrainerControl
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = leaves_weights_unused(model)
+        self.average = WeightAverage(args.ema_decay) if args.ema_decay else None
         super().__init__(
             model=model,
             args=args,
@@ -72,7 +74,7 @@ class ViTTrainer(ResumableTrainer):
             processing_class=image_processor,
             data_collator=collate,
             compute_metrics=compute_metrics,
-            callbacks=[*([stop] if stop else []), *(callbacks or [])],
+            callbacks=[*filter(None, [self.average, stop]), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
         if args.bf16 and args.device.type == "cpu":
@@ -110,8 +112,13 @@ class ViTTrainer(ResumableTrainer):
         return batches, count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, clocked; with the running statistics (batch norm) that are saved: of process 0."""
-        with self._clocked("evaluation"):
+        """The Trainer's, clocked, of the average of the weights where one is kept.
+
+        Running statistics (batch norm) are those that are saved: of process 0.
+        """
+        average = self.average
+        averaged = average.swapped_in() if average and average.averages else nullcontext()
+        with self._clocked("evaluation"), averaged:
             for buffer in self.model.buffers() if self.args.world_size > 1 else ():
                 torch.distributed.broadcast(buffer, 0)
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
