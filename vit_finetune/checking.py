@@ -14,7 +14,14 @@ from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
 from vit_finetune.data.streaming.prepared import prepare_stream
 from vit_finetune.data.transforms import TrainingIndex, check_image_processor, collate
 from vit_finetune.model.loading import load_model
-from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
+from vit_finetune.planning import (
+    form_world,
+    plan_classes,
+    plan_hardware,
+    plan_loading,
+    quiet_libraries,
+    show_plan,
+)
 from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.pushing import check_destination
 from vit_finetune.recipe import Recipe
@@ -53,9 +60,11 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
                 return found
             data = prepare_splits(recipe.data, checkup)
             warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
+        classes = plan_classes(recipe, data)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = plan_hardware(recipe, model, world)
+        hardware.choices += classes
         train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
         plan_loading(recipe, data, train, model, hardware, world)
         batch = collate([train[TrainingIndex(0, row)] for row in range(min(hardware.batch_size, len(train)))])

@@ -31,7 +31,14 @@ from vit_finetune.data.transforms import (
 from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
 from vit_finetune.files import folder_written_whole, sync, write_json, write_text, written_whole
 from vit_finetune.model.loading import load_checkpoint, load_model
-from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
+from vit_finetune.planning import (
+    form_world,
+    plan_classes,
+    plan_hardware,
+    plan_loading,
+    quiet_libraries,
+    show_plan,
+)
 from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.pushing import check_destination, push_to_hub
@@ -82,11 +89,19 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             raise RunError(
                 "hub.push publishes tested models, and there is no test split: set data.test_fraction"
             )
+        classes = plan_classes(recipe, data)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         hardware = plan_hardware(recipe, model, world, before)
-        train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
+        hardware.choices += classes
+        train = first_images(
+            data,
+            image_processor,
+            recipe.augmentation,
+            recipe.training.seed,
+            recipe.data.balanced_sampling,
+        )
         loading = plan_loading(recipe, data, train, model, hardware, world, before)
         show_plan(recipe, data, model, hardware, world)
         warn_of_findings(data.findings.findings)

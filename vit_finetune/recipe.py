@@ -82,6 +82,22 @@ class Recipe(Section):
                 raise _Nested("training", error) from None
         return values
 
+    @model_validator(mode="after")
+    def _evens_classes_out_once(self) -> Recipe:
+        if self.training.class_weights != "auto":
+            return self
+        if self.data.balanced_sampling:
+            raise ValueError(
+                "data.balanced_sampling and training.class_weights=auto both even the classes out, and "
+                "together do it twice: leave out one of them"
+            )
+        if self.data.streaming:
+            raise ValueError(
+                "training.class_weights=auto counts the training images, which a stream does not hold: write "
+                "the weights by name ({cat: 2.5, dog: 0.6}), or leave out data.streaming"
+            )
+        return self
+
     @property
     def output_dir(self) -> Path:
         """The run folder."""
@@ -332,7 +348,8 @@ def _unknown_key(location: tuple[str, ...]) -> str:
     if suggestions + elsewhere:
         hint = f"did you mean {' or '.join(suggestions + elsewhere)}?"
     elif location[0] == "training":  # too many to list
-        hint = "known are the fields of transformers.TrainingArguments and layer_decay"
+        ours = "layer_decay, class_weights and focal_gamma"
+        hint = f"known are the fields of transformers.TrainingArguments, {ours}"
     else:
         hint = f"known: {', '.join(siblings)}"
     return f"{key} is not a recipe key; {hint}"

@@ -42,7 +42,13 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     torch.manual_seed(recipe.training.seed)
     model, processor = load_model(recipe.model, splits["train"].features["label"].names)
     hardware = choose_hardware(recipe.training, recipe.model, model)
-    images = TrainingImages(splits["train"], processor, recipe.augmentation, recipe.training.seed)
+    images = TrainingImages(
+        splits["train"],
+        processor,
+        recipe.augmentation,
+        recipe.training.seed,
+        recipe.data.balanced_sampling,
+    )
     loading = choose_loading(recipe.training, "off", images, model, hardware)
     return ViTTrainer(
         model,
