@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder, tiny_recipe
+from conftest import draw_lopsided, tiny_recipe
 from fork_server import ForkServer
 from invariants.test_exactness import (
     AUGMENTED,
@@ -21,7 +22,6 @@ from invariants.test_exactness import (
     same,
     weights_of,
 )
-from test_imbalance import draw_lopsided
 from worlds import Division, Place, Signal, Trained, check_same, finish, said
 
 from vit_finetune.data.augmentation import generator_of
@@ -30,7 +30,8 @@ from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import TrainingImages, TrainingIndex
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_model
-from vit_finetune.recipe import ModelConfig
+from vit_finetune.recipe import ModelConfig, load_recipe
+from vit_finetune.run import Run
 
 LABELS = [0, 1, 0, 2, 0, 0, 4, 0, 0, 4, 0, 0, 0, 1, 0, 0, 4, 0, 0, 0, 1, 0, 0]
 """16 images of class 0, 3 of class 1, 1 of class 2, none of class 3, 3 of class 4: 23."""
@@ -110,12 +111,6 @@ def test_an_image_that_is_read_again_is_varied_anew(folder: Path) -> None:
 # --------------------------------------------------------------------------- training
 
 
-@pytest.fixture
-def lopsided(tmp_path: Path) -> Path:
-    """8, 4 and 2 training images."""
-    return draw_lopsided(tmp_path / "lopsided", {"blue": 16, "green": 8, "red": 4})
-
-
 def balancing(lopsided: Path, tmp_path: Path, name: str, callbacks: Any = None, **training: Any) -> Any:
     recipe = tiny_recipe(
         lopsided,
@@ -171,21 +166,33 @@ def test_a_run_and_its_card_name_the_sampling(lopsided: Path, tmp_path: Path) ->
     assert "| Sampling | balanced (the recipe says so: of an epoch" in card
 
 
+def readings_of(run: Run) -> list[str]:
+    """What three epochs of a run should read, image by image; those of red twice, and differently."""
+    recipe = load_recipe(run.recipe)
+    split = load_splits(recipe.data)["train"]
+    _, processor = load_model(recipe.model, ["a", "b"])
+    images = TrainingImages(split, processor, recipe.augmentation, recipe.training.seed)
+    keys = [key for epoch in range(3) for key in drawn(epoch, split["label"][:], recipe.training.seed)]
+    assert (
+        sum(key.repeat > 0 for key in keys) == 3 * 6
+    )  # six images of red, ten readings; eight of green, ten
+    pixels = [images[key]["pixel_values"].contiguous().numpy().tobytes() for key in keys]
+    found = [hashlib.sha256(one).hexdigest()[:16] for one in pixels]
+    assert len(set(found)) == len(found) == 90
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_one_process_equals_two_also_where_it_goes_on_alone(forks: ForkServer, tmp_path: Path) -> None:
-    photos = draw_folder(tmp_path / "photos", 3, 32)
-    for name, count in (("green", 16), ("red", 12)):
-        for number in range(count, 32):
-            (photos / name / f"{number}.png").unlink()
+    photos = draw_lopsided(tmp_path / "photos", {"blue": 32, "green": 16, "red": 12})
     place, words = Place(forks, tmp_path, photos), ["data.balanced_sampling=true"]
     run, children = place.start("one", Division(1, 2, 4), *words, dropout=True)
     assert "sampling: balanced (the recipe says so: of an epoch's 30 images 10 are of each" in finish(
         children
     )
     one = Trained(run, [children])
-    shown = [image for images in one.steps().values() for image in images]
-    assert len(shown) == len(set(shown)) == 90  # those of red are read twice, and differ
+    assert [image for images in one.steps().values() for image in images] == readings_of(run)
     run, children = place.start("two", Division(2, 2, 2), *words, dropout=True)
     finish(children)
     two = Trained(run, [children])

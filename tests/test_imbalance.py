@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder, tiny_recipe
+from conftest import draw_lopsided, tiny_recipe
 from fork_server import ForkServer
 from invariants.test_exactness import (
     AUGMENTED,
@@ -22,6 +21,8 @@ from invariants.test_exactness import (
     same,
     weights_of,
 )
+from invariants.test_streams import split_shards
+from shard_files import NAMES
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import one_hot
@@ -40,20 +41,6 @@ from vit_finetune.training.loss import cross_entropy
 
 WEIGHTS = torch.tensor([0.4, 1.0, 3.0, 0.7, 2.0])
 MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-
-
-@pytest.fixture
-def lopsided(tmp_path: Path) -> Path:
-    """A folder of 16 blue, 8 green and 4 red images; of each, a quarter is for validation and one for test."""
-    return draw_lopsided(tmp_path / "lopsided", {"blue": 16, "green": 8, "red": 4})
-
-
-def draw_lopsided(root: Path, counts: Mapping[str, int]) -> Path:
-    draw_folder(root, len(counts), max(counts.values()))
-    for name, count in counts.items():
-        for number in range(count, max(counts.values())):
-            (root / name / f"{number}.png").unlink()
-    return root
 
 
 def plain(
@@ -294,7 +281,8 @@ def test_training_equals_a_plain_loop(lopsided: Path, tmp_path: Path, gamma: flo
 
 
 @pytest.mark.slow
-def test_a_batch_of_8_equals_4_times_2_accumulated(lopsided: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+def test_a_batch_of_8_equals_4_times_2_accumulated(lopsided: Path, tmp_path: Path, gamma: float) -> None:
     """14 training images: the last accumulated batch is smaller, and batches' weights add up to different sums."""
     results = []
     for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
@@ -303,6 +291,7 @@ def test_a_batch_of_8_equals_4_times_2_accumulated(lopsided: Path, tmp_path: Pat
             tmp_path,
             training={
                 **BOTH,
+                "focal_gamma": gamma,
                 "per_device_train_batch_size": batch,
                 "gradient_accumulation_steps": accumulation,
                 "optim": "sgd",
@@ -341,6 +330,10 @@ def test_validation_is_not_weighted(lopsided: Path, tmp_path: Path) -> None:
     weighted = weighing(lopsided, tmp_path, "weighted")
     alike = weighing(lopsided, tmp_path, "alike", class_weights=None, focal_gamma=0.0)
     assert weighted.evaluate()["eval_loss"] == alike.evaluate()["eval_loss"]
+    batch = weighted._prepare_inputs(collate([weighted.eval_dataset[row] for row in range(4)]))
+    weighted.model.eval()
+    loss, outputs = weighted.compute_loss(weighted.model, batch, return_outputs=True)
+    assert loss == torch_cross_entropy(outputs.logits, batch["labels"])
 
 
 @pytest.mark.slow
@@ -359,14 +352,33 @@ def test_a_run_and_its_card_name_the_weights(lopsided: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_streamed_images_are_weighted_by_name(tmp_path: Path) -> None:
+    shards = split_shards(tmp_path / "shards", [7, 5, 6])
+    recipe = tiny_recipe(
+        shards,
+        tmp_path / "run",
+        data={"streaming": True},
+        training={"class_weights": {NAMES[1]: 3.0}, "focal_gamma": 1.0, "max_steps": 2},
+    )
+    run = finetune(recipe)
+    chosen = {choice["name"]: choice for choice in json.loads(run.provenance.read_text())["choices"]}
+    assert f"{NAMES[1]} 3" in chosen["class weights"]["value"]
+    assert chosen["class weights"]["reason"] == "the recipe says so"
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("mixed", [False, True], ids=["ids", "mixed"])
 def test_two_processes_weigh_as_one(forks: ForkServer, tmp_path: Path, mixed: bool) -> None:
-    """With mixed images the batches are equal, because each is mixed by its place in the step."""
+    """With mixed images and focal loss the batches are equal: each is mixed by its place in the step."""
     photos = draw_lopsided(tmp_path / "photos", {"blue": 32, "green": 16, "red": 12})
     place = Place(forks, tmp_path, photos)
-    words = ["training.class_weights=auto", "training.focal_gamma=1.5"]
-    words += [f"augmentation.{key}={value}" for key, value in MIXED.items()] if mixed else []
+    words = ["training.class_weights=auto"]
+    if mixed:
+        words += [
+            "training.focal_gamma=1.5",
+            *(f"augmentation.{key}={value}" for key, value in MIXED.items()),
+        ]
     found = []
     for name, division in {"one": Division(1, 2, 4) if mixed else Division(1, 8, 1), "two": Division(2, 2, 2)}.items():  # fmt: skip
         run, children = place.start(name, division, *words)
