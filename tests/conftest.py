@@ -164,6 +164,21 @@ def folder(tmp_path: Path) -> Path:
     return draw_folder(tmp_path / "photos")
 
 
+def draw_lopsided(root: Path, counts: dict[str, int]) -> Path:
+    """The same with so many images of each of the first classes."""
+    draw_folder(root, len(counts), max(counts.values()))
+    for name, count in counts.items():
+        for number in range(count, max(counts.values())):
+            (root / name / f"{number}.png").unlink()
+    return root
+
+
+@pytest.fixture
+def lopsided(tmp_path: Path) -> Path:
+    """16 blue images, 8 green and 4 red; half of each are for training."""
+    return draw_lopsided(tmp_path / "lopsided", {"blue": 16, "green": 8, "red": 4})
+
+
 TINY_VIT = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

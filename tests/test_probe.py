@@ -197,9 +197,13 @@ def test_a_model_with_two_heads_is_refused() -> None:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ({"augmentation": {"mixup_alpha": 0.2}}, "augmentation.mixup_alpha mixes training batches"),
-        ({"augmentation": {"cutmix_alpha": 1}}, "augmentation.cutmix_alpha mixes training batches"),
-        ({"data": {"path": "shards", "streaming": True}}, "does not go with data.streaming"),
+        ({"augmentation": {"mixup_alpha": 0.2}}, "augmentation.mixup_alpha is about training step by step"),
+        ({"augmentation": {"cutmix_alpha": 1}}, "augmentation.cutmix_alpha is about training step by step"),
+        ({"training": {"ema_decay": 0.9}}, "training.ema_decay is about training step by step"),
+        ({"training": {"class_weights": "auto"}}, "training.class_weights is about training step by step"),
+        ({"training": {"focal_gamma": 2}}, "training.focal_gamma is about training step by step"),
+        ({"data": {"path": "x", "balanced_sampling": True}}, "data.balanced_sampling is about training step"),
+        ({"data": {"path": "x", "streaming": True}}, "data.streaming is about training step by step"),
         ({"model": {"path": "x/y", "method": "head", "drop_path_rate": 0.1}}, "drops layers that learn"),
     ],
 )

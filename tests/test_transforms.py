@@ -163,12 +163,12 @@ def order(seed: int, epoch: int, size: int = 50) -> list[TrainingIndex]:
 
 def test_an_epoch_is_a_permutation_by_seed_and_epoch_alone() -> None:
     keys = [(seed, epoch) for seed in range(3) for epoch in range(3)]
-    orders = {key: [index for _, index in order(*key)] for key in keys}
+    orders = {key: [index.row for index in order(*key)] for key in keys}
     assert all(sorted(rows) == list(range(50)) for rows in orders.values())
     assert len({tuple(rows) for rows in orders.values()}) == len(keys)
     torch.manual_seed(77)
-    assert all([index for _, index in order(*key)] == orders[key] for key in keys)
-    assert all(epoch == 2 for epoch, _ in order(0, 2))
+    assert all([index.row for index in order(*key)] == orders[key] for key in keys)
+    assert all(index.epoch == 2 for index in order(0, 2))
     assert len(EpochSampler(50, 0)) == 50
     state = torch.get_rng_state()
     order(0, 0)

@@ -15,7 +15,14 @@ from vit_finetune.data.streaming.prepared import prepare_stream
 from vit_finetune.data.transforms import TrainingImages, TrainingIndex, check_image_processor, collate
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_model
-from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
+from vit_finetune.planning import (
+    form_world,
+    plan_classes,
+    plan_hardware,
+    plan_loading,
+    quiet_libraries,
+    show_plan,
+)
 from vit_finetune.probing import check_probe
 from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.pushing import check_destination
@@ -56,10 +63,12 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
                 return found
             data = prepare_splits(recipe.data, checkup)
             warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
+        classes = plan_classes(recipe, data)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
         hardware = plan_hardware(recipe, model, world)
+        hardware.choices += classes
         if recipe.model.method == "linear_probe":
             check_probe(recipe, model, world.size)
             facts = found | show_plan(recipe, data, model, hardware, world)

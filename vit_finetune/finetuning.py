@@ -30,7 +30,14 @@ from vit_finetune.files import folder_written_whole, sync, write_json, write_tex
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_checkpoint, load_model
 from vit_finetune.opening import checkpoint_to_resume, how_to_resume, open_run, same_as_before
-from vit_finetune.planning import form_world, plan_hardware, plan_loading, quiet_libraries, show_plan
+from vit_finetune.planning import (
+    form_world,
+    plan_classes,
+    plan_hardware,
+    plan_loading,
+    quiet_libraries,
+    show_plan,
+)
 from vit_finetune.probing import check_probe, probe
 from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
@@ -82,11 +89,13 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             raise RunError(
                 "hub.push publishes tested models, and there is no test split: set data.test_fraction"
             )
+        classes = plan_classes(recipe, data)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
         hardware = plan_hardware(recipe, model, world, before)
+        hardware.choices += classes
         start = _Start(
             recipe, run, data, model, image_processor, hardware, world, stop, held, command, before, resume
         )
@@ -147,7 +156,9 @@ def _train(start: _Start) -> _End:
     """
     recipe, run, data, model, world = start.recipe, start.run, start.data, start.model, start.world
     before, hardware, image_processor = start.before, start.hardware, start.image_processor
-    train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
+    train = first_images(
+        data, image_processor, recipe.augmentation, recipe.training.seed, recipe.data.balanced_sampling
+    )
     loading = plan_loading(recipe, data, train, model, hardware, world, before)
     show_plan(recipe, data, model, hardware, world)
     warn_of_findings(data.findings.findings)

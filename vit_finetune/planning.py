@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vit_finetune.console import say
+from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.streaming.batches import count_batches
 from vit_finetune.data.streaming.prepared import PreparedStream
@@ -23,8 +24,9 @@ from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
 from vit_finetune.training.checkpoints import list_checkpoints
 from vit_finetune.training.ema import check_average
-from vit_finetune.training.hardware import Hardware, choose_hardware, estimate_memory
+from vit_finetune.training.hardware import Choice, Hardware, choose_hardware, estimate_memory
 from vit_finetune.training.images import keep_workers
+from vit_finetune.training.imbalance import describe_classes
 from vit_finetune.training.loading import Loading, choose_loading
 from vit_finetune.training.world import PeerLost, World
 
@@ -55,6 +57,16 @@ def form_world(recipe: Recipe) -> Iterator[World]:
         checkpoints = list_checkpoints(Run(recipe.output_dir).checkpoints)
         kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         raise PeerLost(f"{lost}. What it said, if anything, is above; {kept}. Go on with --resume") from lost
+
+
+def plan_classes(recipe: Recipe, data: PreparedData) -> list[Choice]:
+    """How unequal classes are made up for, where the recipe asks for it.
+
+    Raises:
+        RunError: weights of classes that the data does not have.
+    """
+    held = None if isinstance(data, PreparedStream) else column_values(data.splits["train"], "label")
+    return describe_classes(recipe.training.class_weights, recipe.data.balanced_sampling, data.labels, held)
 
 
 def plan_hardware(

@@ -59,6 +59,14 @@ class RecipeError(ValueError):
     """A recipe, or an override of one, that cannot be used; its text is the whole message for the user."""
 
 
+PROBED_WITHOUT = {
+    "augmentation": ("mixup_alpha", "cutmix_alpha"),
+    "data": ("balanced_sampling", "streaming"),
+    "training": ("ema_decay", "class_weights", "focal_gamma"),
+}
+"""Keys, by section, that `model.method: linear_probe` does not go with."""
+
+
 class Recipe(Section):
     """What to do: one value of every key, checked."""
 
@@ -88,16 +96,28 @@ class Recipe(Section):
     def _can_be_probed(self) -> Recipe:
         if self.model.method != "linear_probe":
             return self
-        mixed = [name for name in ("mixup_alpha", "cutmix_alpha") if getattr(self.augmentation, name)]
-        if mixed:
+        for name, keys in PROBED_WITHOUT.items():
+            for key in keys:
+                if getattr(getattr(self, name), key):
+                    raise ValueError(
+                        f"{name}.{key} is about training step by step, and model.method=linear_probe fits "
+                        f"its head to all images at once: leave out one of them, or write model.method=head"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _evens_classes_out_once(self) -> Recipe:
+        if self.training.class_weights != "auto":
+            return self
+        if self.data.balanced_sampling:
             raise ValueError(
-                f"augmentation.{mixed[0]} mixes training batches, and a linear probe has none: leave it "
-                f"out, or write model.method: head"
+                "data.balanced_sampling and training.class_weights=auto both even the classes out, and "
+                "together do it twice: leave out one of them"
             )
         if self.data.streaming:
             raise ValueError(
-                "a linear probe needs the features of all images at once, so it does not go with "
-                "data.streaming: leave it out, or write model.method: head"
+                "training.class_weights=auto counts the training images, which a stream does not hold: write "
+                "the weights by name ({cat: 2.5, dog: 0.6}), or leave out data.streaming"
             )
         return self
 
@@ -351,7 +371,8 @@ def _unknown_key(location: tuple[str, ...]) -> str:
     if suggestions + elsewhere:
         hint = f"did you mean {' or '.join(suggestions + elsewhere)}?"
     elif location[0] == "training":  # too many to list
-        hint = "known are the fields of transformers.TrainingArguments, layer_decay and ema_decay"
+        ours = "layer_decay, head_lr_multiplier, ema_decay, class_weights and focal_gamma"
+        hint = f"known are the fields of transformers.TrainingArguments, {ours}"
     else:
         hint = f"known: {', '.join(siblings)}"
     return f"{key} is not a recipe key; {hint}"

@@ -57,6 +57,10 @@ class DataConfig(Section):
     per_class: Positive | None = None
     """At most so many training images of each class, chosen by `split_seed` (few-shot); validation and test
     stay whole."""
+    balanced_sampling: bool = False
+    """An epoch draws as many images as there are to train on, and each class as often as another
+    (class-balanced sampling; Kang et al., 2020): some of the images of frequent classes, those of rare ones
+    several times, varied anew each time."""
     splits: str | None = None
     """A run, its `splits/` folder or a csv file (columns id, label, split) whose splits to repeat; fractions
     and seed then decide nothing."""
@@ -116,6 +120,11 @@ class DataConfig(Section):
                 raise ValueError(
                     f"{key} needs all images at once, so it does not go with streaming: leave out one of them"
                 )
+        if self.balanced_sampling:
+            raise ValueError(
+                "balanced_sampling draws from all images, so it does not go with streaming: leave out one of "
+                "them, or write training.class_weights by name"
+            )
         if self.path == "digits":
             raise ValueError("streaming reads shards, and `digits` has none: leave it out")
         if self.cache not in ("auto", "off"):
@@ -316,6 +325,13 @@ class TrainingConfig(Section):
     as TensorFlow's). The average is validated, chosen and published in place of the weights; it takes once
     more their memory. 0 is off."""
     label_smoothing_factor: Fraction = 0.0
+    class_weights: Literal["auto"] | dict[str, float] | None = None
+    """Weight of each class in the training loss, above 0, by its name; classes that are not named have 1.
+    `auto` is training images / (classes × images of the class), scikit-learn's `balanced`: 1 on average over
+    the images. The weighted losses are divided by the number of images, not by the sum of the weights."""
+    focal_gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """γ of the focal loss (Lin et al., 2017): what is right already counts less, by (1 - p)^γ, p being the
+    probability that the model gives to the class; 0 is off, 2 is the paper's."""
     per_device_train_batch_size: Positive | Literal["auto"] = 32
     gradient_accumulation_steps: Positive = 1
     bf16: bool | Literal["auto"] = "auto"
@@ -342,6 +358,19 @@ class TrainingConfig(Section):
     logging_steps: Annotated[float, Field(gt=0)] = 10
     report_to: str | list[str] | None = "none"
     seed: int = 42
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weighs_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name, weight in value.items():
+            if not isinstance(name, str | int) or isinstance(name, bool):
+                raise ValueError(f"a class is named by text, found {name!r}: write the name in quotes")
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight < float("inf"):
+                raise ValueError(f"the weight of {name} is {weight!r}: expected a number above 0")
+        return {str(name): weight for name, weight in value.items()}  # YAML reads the class 7 as a number
 
     @model_validator(mode="after")
     def _saves_where_it_evaluates(self) -> TrainingConfig:

@@ -44,7 +44,13 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     model, processor = load_model(recipe.model, splits["train"].features["label"].names)
     add_drop_path(model, recipe.model.drop_path_rate)
     hardware = choose_hardware(recipe.training, recipe.model, model)
-    images = TrainingImages(splits["train"], processor, recipe.augmentation, recipe.training.seed)
+    images = TrainingImages(
+        splits["train"],
+        processor,
+        recipe.augmentation,
+        recipe.training.seed,
+        recipe.data.balanced_sampling,
+    )
     loading = choose_loading(recipe.training, "off", images, model, hardware)
     return ViTTrainer(
         model,

@@ -6,8 +6,9 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ from vit_finetune.run import STOPPING, RunError
 
 
 class EpochSampler(Sampler[TrainingIndex]):
-    """Every image once an epoch, in an order that depends on (seed, epoch) alone.
+    """Every image once an epoch, or every class as often as another, as (seed, epoch) alone decide.
 
     Args:
-        size: number of images.
+        size: number of images, and of what an epoch draws.
         seed: of the order.
+        labels: class id of each image, where the classes are to be balanced by `draw_balanced`.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, labels: Sequence[int] | None = None) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
+        self.labels = None if labels is None else torch.tensor(labels)
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch, by accelerate and by the Trainer."""
@@ -39,8 +42,41 @@ class EpochSampler(Sampler[TrainingIndex]):
     def __iter__(self) -> Iterator[TrainingIndex]:
         # Seeds of consecutive epochs must not meet those of consecutive seeds.
         generator = torch.Generator().manual_seed(generator_of(self.seed, self.epoch, -1).getrandbits(63))
+        if self.labels is not None:
+            rows, repeats = draw_balanced(self.labels, generator)
+            yield from map(TrainingIndex, repeat(self.epoch), rows.tolist(), repeats.tolist())
+            return
         for index in torch.randperm(self.size, generator=generator).tolist():
             yield TrainingIndex(self.epoch, index)
+
+
+def draw_balanced(labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """As many images as there are, each class as often as another: rows, and how often each came before.
+
+    Class-balanced sampling (Kang et al., 2020), as evenly as it goes: of a class that has more images than
+    its share, that many different ones are drawn; of another all, and all again until the share is full.
+    Shares differ by at most one image. Classes without an image have none.
+
+    Args:
+        labels: class id of each image, int64 `(images,)`.
+        generator: what is drawn from.
+
+    Returns:
+        Two int64 tensors `(images,)`, in the order of the epoch.
+    """
+    counts = labels.bincount()
+    members = [rows for rows in torch.split(labels.argsort(stable=True), counts.tolist()) if len(rows)]
+    share, rest = divmod(len(labels), len(members))
+    larger = set(torch.randperm(len(members), generator=generator)[:rest].tolist())
+    drawn, repeats = [], []
+    for number, rows in enumerate(members):
+        size = share + (number in larger)
+        rounds = -(-size // len(rows))
+        shuffled = [rows[torch.randperm(len(rows), generator=generator)] for _ in range(rounds)]
+        drawn.append(torch.cat(shuffled)[:size])
+        repeats.append(torch.arange(size) // len(rows))
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.cat(drawn)[order], torch.cat(repeats)[order]
 
 
 class StepBatches(Sampler[list[TrainingIndex]]):

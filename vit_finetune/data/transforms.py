@@ -40,10 +40,17 @@ NO_IMAGE = -1
 
 
 class TrainingIndex(NamedTuple):
-    """Which image to read, and in which epoch: its augmentation depends on both."""
+    """Which image to read, in which epoch, for which time: its augmentation depends on all three."""
 
     epoch: int
     row: int
+    repeat: int = 0
+    """How often the epoch has the image already, where it has an image more than once."""
+
+    @property
+    def key(self) -> int | str:
+        """What its augmentation is drawn by, beside seed and epoch: the row alone the first time."""
+        return f"{self.row}/{self.repeat}" if self.repeat else self.row
 
 
 class Picture(Protocol):
@@ -126,7 +133,7 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
 
 class TrainingImages(Dataset[dict[str, Any]]):
-    """A split as training sees it: augmented by (seed, epoch, index) alone. Read by `TrainingIndex`.
+    """A split as training sees it: augmented by seed and `TrainingIndex` alone, by which it is read.
 
     Items are `pixel_values`, uint8 `(3, height, width)`, and `labels`, a class id.
 
@@ -135,6 +142,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
         image_processor: the model's.
         config: the recipe's section.
         seed: of all augmentation.
+        balanced: whether an epoch is to have as many images of each class as of any other.
     """
 
     pictures: Pictures
@@ -146,8 +154,10 @@ class TrainingImages(Dataset[dict[str, Any]]):
         image_processor: BaseImageProcessor,
         config: AugmentationConfig,
         seed: int,
+        balanced: bool = False,
     ) -> None:
         self.files, self.labels, self.seed = ImageFiles(split), column_values(split, "label"), seed
+        self.balanced = balanced
         self.pictures, self.processor = self.files, image_processor
         self.augment = build_augmentation(config, image_processor)
 
@@ -155,10 +165,11 @@ class TrainingImages(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, key: TrainingIndex) -> dict[str, Any]:
-        epoch, index = key
+        key = TrainingIndex(*key)
+        index = key.row
         if index == NO_IMAGE:
             return filling(self.augment.size)
-        generator = generator_of(self.seed, epoch, index)
+        generator = generator_of(self.seed, key.epoch, key.key)
         try:
             picture = self.pictures.open(index)
             if self.is_cached and self.augment.config.crop_scale is None:

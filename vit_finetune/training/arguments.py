@@ -29,6 +29,11 @@ class ViTTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "What a step leaves of the average of the weights; 0 keeps none."}
     )
 
+    class_weights: str | dict[str, float] | None = field(
+        default=None, metadata={"help": "Weights of classes in the loss by name, or `auto`; None is off."}
+    )
+    focal_gamma: float = field(default=0.0, metadata={"help": "γ of the focal loss; 0 is off."})
+
     @property
     def n_gpu(self) -> int:
         """One GPU for each process; the Trainer would spread a lone process over all, with DataParallel."""

@@ -24,11 +24,15 @@ LOOKED_AT = 256
 
 
 def first_images(
-    data: PreparedData, image_processor: BaseImageProcessor, augmentation: AugmentationConfig, seed: int
+    data: PreparedData,
+    image_processor: BaseImageProcessor,
+    augmentation: AugmentationConfig,
+    seed: int,
+    balanced: bool = False,
 ) -> TrainingImages:
     """The training images, one by one: all of them, or the first of a stream, to look at."""
     images = data.train.head(LOOKED_AT) if isinstance(data, PreparedStream) else data.splits["train"]
-    return TrainingImages(images, image_processor, augmentation, seed)
+    return TrainingImages(images, image_processor, augmentation, seed, balanced)
 
 
 def keep_workers(training: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
@@ -103,7 +107,7 @@ def build_loader(images: TrainingImages | StreamBatches, args: ViTTrainingArgume
     return EpochLoader(
         images,
         batch_sampler=StepBatches(
-            EpochSampler(len(images), seed),
+            EpochSampler(len(images), seed, images.labels if images.balanced else None),
             args.per_device_train_batch_size,
             args.world_size,
             args.process_index,

@@ -26,6 +26,7 @@ from vit_finetune.training.callbacks import StopOnSignal
 from vit_finetune.training.ema import WeightAverage
 from vit_finetune.training.hardware import share_casts
 from vit_finetune.training.images import build_loader
+from vit_finetune.training.imbalance import count_classes, weigh_classes
 from vit_finetune.training.loss import count_images, cross_entropy
 from vit_finetune.training.optim import build_parameter_groups, leaves_weights_unused
 from vit_finetune.training.resuming import ResumableTrainer
@@ -80,6 +81,10 @@ class ViTTrainer(ResumableTrainer):
         if args.bf16 and args.device.type == "cpu":
             share_casts(model)
         self.image_processor, self.mixing, self.stop = image_processor, mixing, stop
+        names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+        held = train_dataset.labels if isinstance(train_dataset, TrainingImages) else None
+        weights = weigh_classes(args.class_weights, names, held and count_classes(held, len(names)))
+        self.class_weights = None if weights is None else torch.tensor(weights, device=args.device)
         self.seen_images = 0
         self.seconds = {"images": 0.0, "evaluation": 0.0, "checkpoints": 0.0}
         self.batch_number = 0
@@ -203,16 +208,28 @@ class ViTTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the batch, mixed and smoothed while training; with the outputs where asked for."""
+        """Cross-entropy of the batch; mixed, smoothed, weighted and focal only while training.
+
+        With the outputs where asked for.
+        """
         if self.mixing is not None and model.training:
             pixel_values, labels = mix(self.mixing, inputs["pixel_values"], inputs["labels"])
             inputs = {**inputs, "pixel_values": pixel_values, "labels": labels}
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        count = num_items_in_batch if model.training else None
-        loss = cross_entropy(outputs.logits, inputs["labels"], smoothing, count)
+        if not model.training:
+            loss = cross_entropy(outputs.logits, inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+        args, count = self.args, num_items_in_batch
+        loss = cross_entropy(
+            outputs.logits,
+            inputs["labels"],
+            args.label_smoothing_factor,
+            count,
+            self.class_weights,
+            args.focal_gamma,
+        )
         if count is not None:  # DDP averages the gradients of what was divided by the sum already
-            loss = loss * self.args.world_size
+            loss = loss * args.world_size
         return (loss, outputs) if return_outputs else loss
 
     # -- optimizer

@@ -218,7 +218,8 @@ def _find_imbalance(images: Images, counts: np.ndarray) -> list[Finding]:
                 message=f"{largest} has {row.max():,} images, {smallest} {present.min():,}: "
                 f"{row.max() / present.min():.0f} times fewer",
                 advice="Read balanced accuracy and macro F1 rather than accuracy; add images of "
-                + first_of(_names(images, small), 8),
+                + first_of(_names(images, small), 8)
+                + ", or try data.balanced_sampling=true or training.class_weights=auto",
                 count=int(small.sum()),
             )
         ]
