@@ -84,7 +84,7 @@ def test_the_penalty_is_the_one_that_validation_likes_best() -> None:
     for metric in ("loss", "accuracy"):
         probe = fit_probe(train, labels, validation, validation_labels, 3, metric, compute_label_metrics)
         by_penalty = {entry["penalty"]: entry for entry in probe.history}
-        assert len(by_penalty) == 10 and list(by_penalty) == sorted(by_penalty)
+        assert 5 <= len(by_penalty) <= 10 and list(by_penalty) == sorted(by_penalty)
         chosen = by_penalty[probe.penalty]
         if metric == "loss":
             assert chosen["eval_loss"] == min(entry["eval_loss"] for entry in probe.history)
@@ -250,7 +250,7 @@ def test_a_probe_is_a_run_like_any_other(
     assert (
         "not used by a linear probe: training.learning_rate, training.num_train_epochs, training.per" in said
     )
-    assert "of which 51 learn" in said and said.count("penalty ") == 10 and said.count("chosen") == 1
+    assert "of which 51 learn" in said and said.count("penalty ") >= 5 and said.count("chosen") == 1
     before = ViTForImageClassification.from_pretrained(pretrained).state_dict()
     after = ViTForImageClassification.from_pretrained(run.model).state_dict()
     assert {name for name in after if not after[name].equal(before[name])} == {

@@ -18,16 +18,14 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 
 from vit_finetune.sections import (
     DROP_PATH_MODELS,
-    REFUSED_TRAINING_KEYS,
     AugmentationConfig,
     DataConfig,
     EvaluationConfig,
     HubConfig,
     ModelConfig,
     Section,
-    TrainingConfig,
-    training_section,
 )
+from vit_finetune.training_section import REFUSED_TRAINING_KEYS, TrainingConfig, training_section
 
 __all__ = [
     "DROP_PATH_MODELS",

@@ -12,8 +12,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-DECADES = range(-6, 2)
-"""Powers of ten of the penalties that are tried; then those half a decade to both sides of the best."""
+DECADES = range(1, -7, -1)
+"""Powers of ten of the penalties that are tried, from the one that allows least; small ones take longest."""
+WORSE = 2
+"""So many in a row that are no better than the best end the search; half a decade to its sides comes last."""
 ABSENT = -30.0
 """Bias of a class without training images, which no feature then makes probable."""
 
@@ -80,9 +82,11 @@ def fit_probe(
         entry = tried[penalty][2]
         return (-entry["eval_loss"] if metric == "loss" else entry[f"eval_{metric}"], -entry["eval_loss"])
 
-    for decade in DECADES:
+    for number, decade in enumerate(DECADES):
         fit(10.0**decade)
-    best = max(tried, key=rank)
+        best = max(tried, key=rank)
+        if number - list(tried).index(best) >= WORSE:
+            break
     for half in (-0.5, 0.5):
         fit(best * 10**half)
     best = max(tried, key=rank)
