@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 DECADES = range(1, -7, -1)
@@ -64,14 +63,18 @@ def fit_probe(
     """
     mean, scale = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
     scale = np.where(scale > 1e-6 * max(scale.max(), 1e-12), scale, 1.0)  # constant ones tell nothing
-    standard = ((features - mean) / scale).astype(np.float32)
+    standard = torch.from_numpy((features - mean) / scale)
+    present, targets = np.unique(labels, return_inverse=True)
+    goal = torch.from_numpy(targets)
+    warm = torch.zeros(len(present), features.shape[1]).double(), torch.zeros(len(present)).double()
     tried: dict[float, tuple[np.ndarray, np.ndarray, dict[str, Any]]] = {}
 
     def fit(penalty: float) -> None:
         start = time.perf_counter()
-        weight, bias = _fit(standard, labels, penalty, classes)
-        weight = weight / scale
-        bias = bias - weight @ mean
+        _fit(standard, goal, penalty, *warm)  # from the penalty before it
+        weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, ABSENT)
+        weight[present] = warm[0].numpy() / scale
+        bias[present] = warm[1].numpy() - weight[present] @ mean
         logits = torch.from_numpy(validation @ weight.T + bias)
         loss = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(validation_labels)))
         found = scores(logits.numpy().argmax(axis=1), validation_labels)
@@ -96,22 +99,22 @@ def fit_probe(
 
 
 def _fit(
-    standard: np.ndarray, labels: np.ndarray, penalty: float, classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights, float64 `(classes, width)`, and biases of one penalty."""
-    weight, bias = np.zeros((classes, standard.shape[1])), np.full(classes, ABSENT)
-    present = np.unique(labels)
-    if len(present) == 1:
-        bias[present] = 0.0
-        return weight, bias
-    # scikit-learn's C is of the sum of the losses; of two classes it has the difference of their weights,
-    # whose square is twice that of both.
-    penalty = penalty / 2 if len(present) == 2 else penalty
-    model = LogisticRegression(C=1 / (penalty * len(labels)), max_iter=1000, tol=1e-5)
-    model.fit(standard, labels)
-    if len(present) == 2:  # one vector for both: half of it for either
-        weight[present] = model.coef_ * np.array([[-0.5], [0.5]])
-        bias[present] = model.intercept_ * np.array([-0.5, 0.5])
-    else:
-        weight[present], bias[present] = model.coef_, model.intercept_
-    return weight, bias
+    standard: torch.Tensor, targets: torch.Tensor, penalty: float, weight: torch.Tensor, bias: torch.Tensor
+) -> None:
+    """Takes weights, float64 `(classes, width)`, and biases from where they are to the least loss."""
+    weight.requires_grad_()
+    bias.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = torch.nn.functional.linear(standard, weight, bias)
+        total = torch.nn.functional.cross_entropy(logits, targets) + penalty / 2 * weight.square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
