@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ImageFilter, ImageOps
 from torchvision.transforms.v2 import InterpolationMode, RandAugment, RandomResizedCrop, TrivialAugmentWide
 from torchvision.transforms.v2 import functional as F
 
@@ -162,6 +163,44 @@ def test_randaugment_draws_operations_of_one_strength(operations: list[tuple[str
     }
     found = {name: {abs(strength) for given, strength in operations if given == name} for name in expected}
     assert found == {name: {strength} for name, strength in expected.items()}
+
+
+def test_threeaugment_is_what_the_paper_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against Pillow's operations, as DeiT's own code has them; each as often, and the jitter as wide, as it says."""
+    jitters: list[list[tuple[str, float]]] = []
+    for name in ("brightness", "contrast", "saturation"):
+
+        def record(image: torch.Tensor, factor: float, name: str = name) -> torch.Tensor:
+            jitters[-1].append((name, factor))
+            return image
+
+        monkeypatch.setattr(F, f"adjust_{name}", record)
+    image = picture(48, 64)
+    pil = F.to_pil_image(image)
+    grey = F.pil_to_tensor(pil.convert("L").convert("RGB"))
+    solarized = F.pil_to_tensor(ImageOps.solarize(pil))
+    kinds: Counter[str] = Counter()
+    for number in range(900):
+        jitters.append([])
+        varied = vary(
+            augmentation((48, 64), crop_scale=None, policy="threeaugment"), image, generator_of(0, 0, number)
+        )
+        if torch.equal(varied, solarized):
+            kinds["solarized"] += 1
+        elif (varied.int() - grey.int()).abs().max() <= 1:
+            kinds["grey"] += 1
+        else:
+            kinds["blurred"] += 1
+            draws = generator_of(0, 0, number)
+            draws.random(), draws.randrange(3)
+            blurred = F.pil_to_tensor(pil.filter(ImageFilter.GaussianBlur(draws.uniform(0.1, 2.0))))
+            # Pillow's is made of box blurs, and at the border it repeats pixels where torchvision mirrors.
+            assert (varied.int() - blurred.int())[:, 7:-7, 7:-7].abs().float().mean() < 1.5
+    assert all(250 < kinds[name] < 350 for name in ("solarized", "grey", "blurred"))
+    orders = Counter(tuple(name for name, _ in jitter) for jitter in jitters)
+    assert len(orders) == 6 and min(orders.values()) > 100
+    factors = torch.tensor([factor for jitter in jitters for _, factor in jitter])
+    assert 0.7 <= factors.min() < 0.71 and 1.29 < factors.max() <= 1.3 and abs(factors.mean() - 1) < 0.02
 
 
 # --------------------------------------------------------------------------- flips, erasing, randomness

@@ -153,7 +153,7 @@ def test_keys_that_are_no_words_are_refused_in_files() -> None:
         ),
         ("training.save_steps=[1]", "training.save_steps: found [1], expected a number"),
         ("data.on_unreadable=ignore", "data.on_unreadable: found 'ignore', expected 'stop' or 'skip'"),
-        ("augmentation.policy=randaug", "'randaugment'; did you mean randaugment?"),
+        ("augmentation.policy=randaug", "'threeaugment'; did you mean randaugment?"),
         ("training.lr_scheduler_type=cosin", "; did you mean cosine?"),
         ("data.path=2024", "data.path: found 2024, expected text (a number as text is written in quotes)"),
         ("model.image_size=[1, 2, 3]", "found [1, 2, 3], expected a whole number or a list of 2 numbers"),

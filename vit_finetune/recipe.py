@@ -25,6 +25,7 @@ from vit_finetune.sections import (
     ModelConfig,
     Section,
 )
+from vit_finetune.trainer_fields import read_trainer_fields
 from vit_finetune.training_section import REFUSED_TRAINING_KEYS, TrainingConfig, training_section
 
 __all__ = [
@@ -60,7 +61,7 @@ class RecipeError(ValueError):
 PROBED_WITHOUT = {
     "augmentation": ("mixup_alpha", "cutmix_alpha"),
     "data": ("balanced_sampling", "streaming"),
-    "training": ("ema_decay", "class_weights", "focal_gamma"),
+    "training": ("ema_decay", "class_weights", "focal_gamma", "early_stopping_patience"),
 }
 """Keys, by section, that `model.method: linear_probe` does not go with."""
 
@@ -369,7 +370,8 @@ def _unknown_key(location: tuple[str, ...]) -> str:
     if suggestions + elsewhere:
         hint = f"did you mean {' or '.join(suggestions + elsewhere)}?"
     elif location[0] == "training":  # too many to list
-        ours = "layer_decay, head_lr_multiplier, ema_decay, class_weights and focal_gamma"
+        own = [name for name in TrainingConfig.model_fields if name not in read_trainer_fields()]
+        ours = f"{', '.join(own[:-1])} and {own[-1]}"
         hint = f"known are the fields of transformers.TrainingArguments, {ours}"
     else:
         hint = f"known: {', '.join(siblings)}"

@@ -139,8 +139,9 @@ class AugmentationConfig(Section):
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width by height of the random crop, before it is resized."""
     horizontal_flip: Probability = 0.5
-    policy: Literal["none", "trivialaugment", "randaugment"] = "none"
-    """TrivialAugmentWide (Müller and Hutter, 2021) or RandAugment (Cubuk et al., 2019)."""
+    policy: Literal["none", "trivialaugment", "randaugment", "threeaugment"] = "none"
+    """TrivialAugmentWide (Müller and Hutter, 2021), RandAugment (Cubuk et al., 2019) or 3-Augment (Touvron et
+    al., 2022, DeiT III: grey, solarised or blurred, then jittered in brightness, contrast and saturation)."""
     randaugment_num_ops: Positive = 2
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     random_erasing: Probability = 0.0

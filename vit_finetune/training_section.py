@@ -66,6 +66,8 @@ class TrainingConfig(Section):
     load_best_model_at_end: bool = True
     metric_for_best_model: Literal["accuracy", "macro_f1", "balanced_accuracy", "loss"] = "accuracy"
     """Of the validation images; chooses the published weights."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations in a row without a better score than before that end training; `null` trains to the end."""
     optim: str = "adamw_torch_fused"
     logging_steps: Annotated[float, Field(gt=0)] = 10
     report_to: str | list[str] | None = "none"
@@ -91,6 +93,15 @@ class TrainingConfig(Section):
                 f"the best checkpoint can only be chosen where checkpoints are saved when they are "
                 f"evaluated, but eval_strategy is {self.eval_strategy} and save_strategy is "
                 f"{self.save_strategy}. Write the same for both, or load_best_model_at_end: false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stops_at_evaluations(self) -> TrainingConfig:
+        if self.early_stopping_patience and (self.eval_strategy == "no" or not self.load_best_model_at_end):
+            raise ValueError(
+                "early_stopping_patience ends training some evaluations after the best one, whose weights "
+                "are then published: it needs eval_strategy (epoch or steps) and load_best_model_at_end: true"
             )
         return self
 

@@ -132,6 +132,8 @@ class Augmentation:
                 for _ in range(config.randaugment_num_ops):
                     space = randaugment_space(self.size)
                     image = self._operate(image, space, config.randaugment_magnitude, generator)
+            case "threeaugment":
+                image = threeaugment(image, generator)
         if generator.random() < config.random_erasing:
             part = draw_crop(self.size, (0.02, 1 / 3), (0.3, 3.3), generator)
             colour = torch.tensor(self.fill, dtype=torch.uint8).reshape(3, 1, 1)
@@ -177,6 +179,31 @@ def draw_crop(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     return Crop((height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1))
+
+
+def threeaugment(image: torch.Tensor, generator: Random) -> torch.Tensor:
+    """An image varied by 3-Augment (Touvron et al., 2022, DeiT III, section 3): uint8 `(3, height, width)`.
+
+    One of greyscale, solarised from 128 on, or blurred with σ uniform in [0.1, 2] pixels; then brightness,
+    contrast and saturation, in any order, each by a factor uniform in [0.7, 1.3].
+
+    Args:
+        image: uint8 `(3, height, width)`, of at least 7 pixels a side.
+        generator: the image's own.
+    """
+    match generator.randrange(3):
+        case 0:
+            image = F.rgb_to_grayscale(image, num_output_channels=3)
+        case 1:
+            image = F.solarize(image, 128)
+        case _:
+            sigma = generator.uniform(0.1, 2.0)
+            image = F.gaussian_blur(image, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma, sigma])
+    jitter = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
+    generator.shuffle(jitter)
+    for adjust in jitter:
+        image = adjust(image, generator.uniform(0.7, 1.3))
+    return image
 
 
 # --------------------------------------------------------------------------- operations of the policies

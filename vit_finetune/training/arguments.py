@@ -28,7 +28,9 @@ class ViTTrainingArguments(TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "What a step leaves of the average of the weights; 0 keeps none."}
     )
-
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without a better score that end training; None is off."}
+    )
     class_weights: str | dict[str, float] | None = field(
         default=None, metadata={"help": "Weights of classes in the loss by name, or `auto`; None is off."}
     )

@@ -83,6 +83,36 @@ class ProgressDisplay(TrainerCallback):
         self.bar.stop()
 
 
+class StopEarly(TrainerCallback):
+    """Ends training when so many evaluations in a row have not been better than the best before them.
+
+    Counted from the log, which a checkpoint keeps: transformers' own callback forgets its count where a run
+    is resumed, unless it is told not to.
+
+    Args:
+        patience: how many.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ends a resumed run that had come to its end."""
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Looks at what has been logged."""
+        name = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        found = [entry[name] for entry in state.log_history if name in entry]
+        scores = found if args.greater_is_better else [-score for score in found]
+        if scores and len(scores) - 1 - scores.index(max(scores)) >= self.patience:
+            control.should_training_stop = True
+
+
 AGAIN_SECONDS = 1.0
 """A Ctrl-C sooner than this after the first is the launcher handing on the same one."""
 

@@ -22,7 +22,7 @@ from vit_finetune.data.streaming.batches import StreamBatches
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.run import RunError
 from vit_finetune.training.arguments import ViTTrainingArguments
-from vit_finetune.training.callbacks import StopOnSignal
+from vit_finetune.training.callbacks import StopEarly, StopOnSignal
 from vit_finetune.training.ema import WeightAverage
 from vit_finetune.training.hardware import share_casts
 from vit_finetune.training.images import build_loader
@@ -67,6 +67,7 @@ class ViTTrainer(ResumableTrainer):
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = leaves_weights_unused(model)
         self.average = WeightAverage(args.ema_decay) if args.ema_decay else None
+        early = StopEarly(args.early_stopping_patience) if args.early_stopping_patience else None
         super().__init__(
             model=model,
             args=args,
@@ -75,7 +76,7 @@ class ViTTrainer(ResumableTrainer):
             processing_class=image_processor,
             data_collator=collate,
             compute_metrics=compute_metrics,
-            callbacks=[*filter(None, [self.average, stop]), *(callbacks or [])],
+            callbacks=[*filter(None, [self.average, early, stop]), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
         if args.bf16 and args.device.type == "cpu":
