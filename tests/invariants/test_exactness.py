@@ -22,7 +22,7 @@ from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.evaluation.scoring import score
 from vit_finetune.finetuning import finetune
-from vit_finetune.model.adaptation import add_drop_path
+from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_checkpoint, load_model, restore_weights
 from vit_finetune.recipe import EvaluationConfig, ModelConfig, Recipe
 from vit_finetune.training.arguments import build_arguments
@@ -42,7 +42,7 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     splits = load_splits(recipe.data)
     torch.manual_seed(recipe.training.seed)
     model, processor = load_model(recipe.model, splits["train"].features["label"].names)
-    add_drop_path(model, recipe.model.drop_path_rate)
+    adapt(model, recipe.model)
     hardware = choose_hardware(recipe.training, recipe.model, model)
     images = TrainingImages(
         splits["train"],
