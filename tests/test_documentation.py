@@ -15,7 +15,7 @@ import yaml
 from conftest import TINY_VIT, draw_folder
 from loopback_hub import LoopbackHub
 
-from vit_finetune.recipe import bundled_recipes, load_recipe
+from vit_finetune.recipe import build_recipe, bundled_recipes, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,6 +105,18 @@ def test_the_commands_about_data_are_valid() -> None:
     for command in commands:
         name, *overrides = shlex.split(command, comments=True)
         load_recipe(name, overrides)
+
+
+def test_the_techniques_keys_are_recipes() -> None:
+    page = (ROOT / "docs" / "techniques.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 10
+    for example in examples:
+        values = yaml.safe_load(example)
+        whole = {"data": {"path": "x"}, "model": {"path": "x/y"}}
+        for section, keys in values.items():
+            whole[section] = whole.get(section, {}) | keys
+        build_recipe(whole, name="example")
 
 
 def test_every_verb_of_the_readme_exists() -> None:
