@@ -138,8 +138,8 @@ def test_an_image_that_changes_while_training(
 @pytest.mark.parametrize(
     ("deed", "said"),
     [
-        ("finetuning.save_splits = kill", "starting from the beginning"),
-        ("finetuning._save_augmented = kill", "starting from the beginning"),
+        ("opening.save_splits = kill", "starting from the beginning"),
+        ("opening._save_augmented = kill", "starting from the beginning"),
         (
             "finetuning.shutil = types.SimpleNamespace(rmtree=kill)",
             "resuming from",
@@ -154,7 +154,7 @@ def test_killed_before_the_first_step_and_after_the_last(
     """While the folder is being made it is a run already; what was written aside at the end does not stay."""
     before = f"""
 import os, types
-from vit_finetune import finetuning, run
+from vit_finetune import finetuning, opening, run
 rename, kill = run.Path.replace, lambda *_, **__: os.kill(os.getpid(), 9)
 {deed}
 """

@@ -150,7 +150,9 @@ Path.rename = killed
 def test_killed_before_the_folder_had_its_recipe(place: Place, tmp_path: Path) -> None:
     """There is nothing to resume yet: the same words begin anew."""
     run = Run(tmp_path / "run")
-    kill = f"import os\nfrom vit_finetune import finetuning\nfinetuning.write_text = lambda *_: {send(signal.SIGKILL)}"
+    kill = (
+        f"import os\nfrom vit_finetune import opening\nopening.write_text = lambda *_: {send(signal.SIGKILL)}"
+    )
     ended(place.train(run, before=kill), [-9], errors=0)
     assert not run.exists()
     ended(place.train(run), [0], errors=0)
