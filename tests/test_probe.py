@@ -136,12 +136,14 @@ def test_features_are_what_the_head_is_given_and_are_computed_once(
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.classifier(torch.from_numpy(found)), logits, atol=1e-5, rtol=0)
     seen.clear()
+    store = FeatureStore(store.folder)
     again = compute_features(model, processor, split.select(range(17, -1, -1)), "train", CPU, 4, store)
     assert not seen and np.array_equal(again[::-1], found)
     # A file that is damaged, and one that is gone: what was in them is computed again.
     files = sorted(store.folder.iterdir())
     files[0].write_bytes(files[0].read_bytes()[:100])
     files[1].unlink()
+    store = FeatureStore(store.folder)
     assert np.allclose(compute_features(model, processor, split, "train", CPU, 4, store), found, atol=1e-6)
     assert 0 < sum(seen) < 18
 

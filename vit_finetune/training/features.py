@@ -33,7 +33,7 @@ PACK = 4096
 class FeatureStore:
     """Features on disk, by the hash of an image's content; of one model, transform and precision.
 
-    A folder of Parquet files, each there whole or not at all; several processes may add to it.
+    A folder of Parquet files, each there whole or not at all; what cannot be read is passed over.
 
     Args:
         folder: where they lie; None keeps nothing.
@@ -41,21 +41,21 @@ class FeatureStore:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-
-    def read(self) -> dict[str, np.ndarray]:
-        """All that is kept: float32 `(width,)` by digest. Files that cannot be read are passed over."""
-        kept: dict[str, np.ndarray] = {}
-        for path in sorted(self.folder.glob("*.parquet")) if self.folder else ():
+        self.kept: dict[str, np.ndarray] = {}
+        for path in sorted(folder.glob("*.parquet")) if folder else ():
             try:
                 table = pyarrow.parquet.read_table(path)
                 flat = table["feature"].combine_chunks().flatten().to_numpy()
-                kept |= zip(table["digest"].to_pylist(), flat.reshape(len(table), -1))
+                self.kept |= zip(table["digest"].to_pylist(), flat.reshape(len(table), -1))
             except (OSError, KeyError, ValueError, pa.ArrowException):
                 continue  # damaged: computed again
-        return kept
+
+    kept: dict[str, np.ndarray]
+    """All that there is: float32 `(width,)` by digest."""
 
     def add(self, digests: Sequence[str], features: np.ndarray) -> None:
         """Keeps features, float32 `(images, width)`."""
+        self.kept |= zip(digests, features)
         if self.folder is None:
             return
         column = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
@@ -111,8 +111,7 @@ def compute_features(
         RunError: the logits are more than the head's linear layer over one vector, or are not finite.
     """
     digests = column_values(split, "digest")
-    kept = store.read()
-    rows = {digest: row for row, digest in reversed(list(enumerate(digests))) if digest not in kept}
+    rows = {digest: row for row, digest in reversed(list(enumerate(digests))) if digest not in store.kept}
     missing = sorted(rows.values())
     model.to(hardware.device)
     workers = 0 if hardware.use_cpu else min(8, max(1, cores_here() - 1))
@@ -127,11 +126,9 @@ def compute_features(
             advance(len(pixel_values))
             if sum(map(len, waiting)) >= PACK or done + sum(map(len, waiting)) == len(missing):
                 some = np.concatenate(waiting)
-                names = [digests[row] for row in missing[done : done + len(some)]]
-                store.add(names, some)
-                kept |= zip(names, some)
+                store.add([digests[row] for row in missing[done : done + len(some)]], some)
                 done, waiting = done + len(some), []
-    return np.stack([kept[digest] for digest in digests])
+    return np.stack([store.kept[digest] for digest in digests])
 
 
 class _Tap:
