@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_a_connection_that_breaks_in_mid_download(
     code, _, said = say("evaluate", published, "--data", folder, before=IMPATIENT)
     assert code == 0, said
     assert len([request for request in hub.requests[before:] if CONTENT in request.path]) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_arrives_as_another_is_noticed(hub: LoopbackHub, say: Say, run: Run, name: str) -> None:
+    """The Hub still names the checksum of what was sent, and gives out something else."""
+    words = ("push", run.path, "--repo", "ann/colours", "--verify", "files")
+    assert say(*words)[0] == 0
+    sent = (run.model / name).read_bytes()
+    hub.store.objects.path(hashlib.sha256(sent).hexdigest()).write_bytes(sent[:-2] + b"??")
+    code, _, said = say(*words)
+    assert code == 1 and said.count("error:") == 1, said
+    assert "is published, but" in said and f"{name} arrives as another file than was sent" in said
 
 
 def test_a_connection_that_breaks_in_mid_upload(hub: LoopbackHub, say: Say, run: Run) -> None:
