@@ -109,6 +109,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finetune(tiny_recipe(folder / "photos", folder / "run", hub={"license": "apache-2.0"}))
 
 
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose features tell colours apart: as good as any random ones do."""
+    import torch
+
+    from vit_finetune.model.loading import load_model
+    from vit_finetune.recipe import ModelConfig
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    model, processor = load_model(ModelConfig(config=TINY_VIT), ["x", "y"])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def run(trained: Run, tmp_path: Path) -> Run:
     """A copy of the finished run."""

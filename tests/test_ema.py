@@ -36,9 +36,10 @@ from vit_finetune.publishing.card import build_card
 from vit_finetune.publishing.report import build_report
 from vit_finetune.recipe import ModelConfig, RecipeError, load_recipe
 from vit_finetune.run import Run, RunError
-from vit_finetune.training.ema import AVERAGED, WeightAverage, check_average
+from vit_finetune.training.ema import AVERAGED, WeightAverage
 from vit_finetune.training.hardware import estimate_memory
 from vit_finetune.training.trainer import ViTTrainer
+from vit_finetune.training.world import check_undivided
 
 EVERY_SECOND = {
     f"{what}_{how}": value
@@ -369,11 +370,10 @@ def test_what_a_recipe_cannot_ask_for(words: list[str], told: str) -> None:
 
 
 def test_a_divided_model_is_refused() -> None:
-    check_average(0.9, {})
+    check_undivided("training.ema_decay", {})
     for name, said in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")):
-        check_average(0.0, {f"ACCELERATE_USE_{name}": "true"})
         with pytest.raises(RunError, match=rf"training\.ema_decay .*\({said}\)"):
-            check_average(0.9, {f"ACCELERATE_USE_{name}": "true"})
+            check_undivided("training.ema_decay", {f"ACCELERATE_USE_{name}": "true"})
 
 
 def test_a_divided_model_is_refused_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,17 +218,6 @@ def test_what_does_not_go_with_a_probe_is_refused_by_name(section: dict[str, Any
 # --------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose features tell colours apart: as good as any random ones do."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("pretrained")
-    model, processor = load_model(ModelConfig(config=TINY_VIT), ["x", "y"])
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def probe_recipe(
     photos: Path, pretrained: Path, run: Path, method: str = "linear_probe", **training: Any
 ) -> Any:
@@ -322,7 +311,5 @@ def test_check_says_what_would_be_done(
 
 
 def test_a_random_encoder_is_not_probed(folder: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(folder, tmp_path / "run", model={"method": "linear_probe"})
-    with pytest.raises(RunError, match="it would be random"):
-        finetune(recipe)
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(RecipeError, match="it would be random"):
+        tiny_recipe(folder, tmp_path / "run", model={"method": "linear_probe"})

@@ -16,6 +16,7 @@ from vit_finetune.data.transforms import TrainingImages, TrainingIndex, check_im
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_model
 from vit_finetune.planning import (
+    check_method,
     form_world,
     plan_classes,
     plan_hardware,
@@ -49,6 +50,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     with quiet_libraries(), form_world(recipe) as world:
         if recipe.hub.push and world.is_main:
             check_destination(recipe.hub)
+        check_method(recipe, world)
         if recipe.data.streaming:
             with world.one_per_machine_first():
                 data: PreparedData = prepare_stream(recipe.data)

@@ -6,8 +6,10 @@ import os
 import shlex
 import shutil
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -29,8 +31,10 @@ from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes
 from vit_finetune.files import folder_written_whole, sync, write_json, write_text
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_checkpoint, load_model
+from vit_finetune.model.lora import has_lora, merge_lora, save_adapter
 from vit_finetune.opening import checkpoint_to_resume, how_to_resume, open_run, same_as_before
 from vit_finetune.planning import (
+    check_method,
     form_world,
     plan_classes,
     plan_hardware,
@@ -42,7 +46,7 @@ from vit_finetune.probing import check_probe, probe
 from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.pushing import check_destination, push_to_hub
-from vit_finetune.recipe import Recipe
+from vit_finetune.recipe import ModelConfig, Recipe
 from vit_finetune.run import Interrupted, Report, Run, RunError
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
@@ -83,6 +87,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
     ):
         if recipe.hub.push and world.is_main:
             check_destination(recipe.hub)
+        check_method(recipe, world)
         with world.one_per_machine_first():
             data = prepare_data(pinned(recipe.data, before))
         if recipe.hub.push and "test" not in data.splits:
@@ -101,7 +106,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         )
         ended = _fit_head(start) if recipe.model.method == "linear_probe" else _train(start)
         if world.is_main:
-            _save_model(run, model, ended.weights, image_processor)
+            _save_model(recipe.model, run, model, ended.weights, image_processor)
             write_json(run.history, ended.history)
             write_json(run.provenance, ended.provenance)
         world.wait()
@@ -141,7 +146,10 @@ class _Start:
 
 @dataclass(frozen=True)
 class _End:
-    """What training ends with: every weight by name (on the main process), its log, and what is known."""
+    """What training ends with: every weight by name (on the main process), its log, and what is known.
+
+    A model with LoRA still has its matrices apart.
+    """
 
     weights: dict[str, torch.Tensor]
     history: list[dict[str, Any]]
@@ -232,15 +240,35 @@ def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _save_model(
-    run: Run, model: PreTrainedModel, weights: dict[str, torch.Tensor], image_processor: BaseImageProcessor
+    config: ModelConfig,
+    run: Run,
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    image_processor: BaseImageProcessor,
 ) -> None:
-    """Writes `model/`, whole or not at all."""
-    with folder_written_whole(run.model) as aside:
-        model.save_pretrained(aside, state_dict=weights)
+    """Writes `model/`, and of LoRA that was merged into it `adapter/`, each whole or not at all."""
+    if has_lora(model) and config.lora_merge:
+        with _replaced(run.adapter) as aside:
+            save_adapter(model, aside)
+        merge_lora(model)
+        weights = model.state_dict()
+    with _replaced(run.model) as aside:
+        if has_lora(model):
+            save_adapter(model, aside)
+            model.config.save_pretrained(aside)
+        else:
+            model.save_pretrained(aside, state_dict=weights)
         image_processor.save_pretrained(aside)
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write to that takes another's place once it is whole."""
+    with folder_written_whole(folder) as aside:
+        yield aside
         for file in aside.iterdir():
             sync(file)
-        shutil.rmtree(run.model, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _score(

@@ -43,8 +43,10 @@ MODEL_FILES = [
     "processor_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
 ]
-"""All that a model needs to be loaded; no code and no pickles."""
+"""All that a model, or an adapter to one, needs to be loaded; no code and no pickles."""
 PASSING = (408, 412, 429, 500, 502, 503, 504)
 """Answers that may be others the next time; 412: somebody else has just pushed."""
 PAUSES = (1.0, 4.0, 10.0)

@@ -19,16 +19,16 @@ from vit_finetune.data.streaming.batches import count_batches
 from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.hub_repos import quiet_client
-from vit_finetune.model.loading import describe_model, quiet_transformers
+from vit_finetune.model.loading import describe_model, load_skeleton, quiet_transformers
+from vit_finetune.model.lora import check_targets, import_peft
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
 from vit_finetune.training.checkpoints import list_checkpoints
-from vit_finetune.training.ema import check_average
 from vit_finetune.training.hardware import Choice, Hardware, choose_hardware, estimate_memory
 from vit_finetune.training.images import keep_workers
 from vit_finetune.training.imbalance import describe_classes
 from vit_finetune.training.loading import Loading, choose_loading
-from vit_finetune.training.world import PeerLost, World
+from vit_finetune.training.world import PeerLost, World, check_undivided
 
 
 @contextmanager
@@ -47,7 +47,10 @@ def form_world(recipe: Recipe) -> Iterator[World]:
     Raises:
         RunError: the launcher meant more of them, or one was lost; or it divides what the recipe cannot.
     """
-    check_average(recipe.training.ema_decay, os.environ)
+    if recipe.training.ema_decay:
+        check_undivided("training.ema_decay", os.environ)
+    if recipe.model.method == "lora":
+        check_undivided("model.method: lora", os.environ)
     use_cpu = recipe.training.use_cpu or not torch.accelerator.is_available()
     world = World(recipe.training.ddp_timeout, use_cpu)
     try:
@@ -57,6 +60,19 @@ def form_world(recipe: Recipe) -> Iterator[World]:
         checkpoints = list_checkpoints(Run(recipe.output_dir).checkpoints)
         kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         raise PeerLost(f"{lost}. What it said, if anything, is above; {kept}. Go on with --resume") from lost
+
+
+def check_method(recipe: Recipe, world: World) -> None:
+    """Makes sure, before any data is read, that the model can be trained by the recipe's `model.method`.
+
+    Raises:
+        RunError: LoRA's library is not installed, or its targets match nothing.
+    """
+    if recipe.model.method == "lora":
+        import_peft()
+        with world.one_per_machine_first():  # it may have to be downloaded
+            skeleton = load_skeleton(recipe.model)
+        check_targets(skeleton, recipe.model.lora_targets)
 
 
 def plan_classes(recipe: Recipe, data: PreparedData) -> list[Choice]:

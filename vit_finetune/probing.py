@@ -37,11 +37,6 @@ def check_probe(recipe: Recipe, model: PreTrainedModel, processes: int) -> None:
         raise RunError(
             f"a linear probe is fitted by one process, and there are {processes}: start it without a launcher"
         )
-    if recipe.model.path is None:
-        raise RunError(
-            "model.method: linear_probe keeps the encoder as it is, and from model.config it would be "
-            "random. Write model.path, a pretrained checkpoint"
-        )
     unused = [f"augmentation.{name}" for name in sorted(recipe.augmentation.model_fields_set)]
     unused += [f"training.{name}" for name in sorted(recipe.training.model_fields_set - set(USED))]
     if unused:

@@ -105,6 +105,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapts_whole_models(self) -> Recipe:
+        for name in ("fsdp", "deepspeed"):
+            if self.model.method == "lora" and getattr(self.training, name, None):
+                raise ValueError(
+                    f"model.method=lora needs the whole model in each process: leave out training.{name}, or "
+                    f"write another method"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _evens_classes_out_once(self) -> Recipe:
         if self.training.class_weights != "auto":
             return self

@@ -231,6 +231,7 @@ class Run:
         self.findings = self.path / "findings.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.adapter = self.path / "adapter"
         self.history = self.path / "history.json"
         self.pictures = self.path / "pictures"
         self.report_html = self.path / "report.html"

@@ -192,9 +192,19 @@ class ModelConfig(Section):
     the checkpoint's own way if unset."""
     crop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.875
     """With `resize: crop`, the crop's side by the shortest edge it is cut from."""
-    method: Literal["full", "head", "linear_probe"] = "full"
-    """What is trained: all weights; the head alone, on what the frozen encoder makes of augmented images; or
-    `linear_probe`: the head, fitted in seconds to features that are computed once."""
+    method: Literal["full", "lora", "head", "linear_probe"] = "full"
+    """What is trained: all weights; the head and small matrices beside frozen weights (LoRA); the head alone,
+    on what the frozen encoder makes of augmented images; or `linear_probe`: the head, fitted in seconds to
+    features that are computed once."""
+    lora_r: Positive = 8
+    """Rank of LoRA's matrices (Hu et al., 2022): each layer's product is of `r × in` and `out × r`."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The product is scaled by `lora_alpha / lora_r`."""
+    lora_targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "v_proj"]
+    """Layers that have LoRA's matrices beside them, by the ends of their names in transformers."""
+    lora_merge: bool = True
+    """Publish a stock model, with LoRA's products added to the weights; else the adapter alone, in PEFT's
+    form, which needs the checkpoint that it was trained beside."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     drop_path_rate: Fraction | None = None
     """Stochastic depth (Huang et al., 2016): share of the images for which the last layer's residual branches
@@ -210,8 +220,21 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _keeps_what_was_learnt(self) -> ModelConfig:
+        if self.config is not None and self.method in ("lora", "linear_probe"):
+            raise ValueError(
+                f"method {self.method} keeps the encoder as it is, and from `config` it would be random: "
+                f"write `path`, a pretrained checkpoint"
+            )
+        fields = {name: field for name, field in type(self).model_fields.items() if name.startswith("lora_")}
+        said = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if said and self.method != "lora":
+            raise ValueError(f"{said[0]} belongs to method lora, and method is {self.method}: leave out one")
+        return self
+
+    @model_validator(mode="after")
     def _drops_what_learns(self) -> ModelConfig:
-        if self.drop_path_rate and self.method != "full":
+        if self.drop_path_rate and self.method in ("head", "linear_probe"):
             raise ValueError(
                 f"drop_path_rate drops layers that learn, and with method {self.method} none does: leave it "
                 f"out"

@@ -9,6 +9,7 @@ from torchvision.ops import StochasticDepth
 from transformers import PreTrainedModel
 
 from vit_finetune.model.head import freeze_encoder, is_in_head
+from vit_finetune.model.lora import add_lora
 from vit_finetune.recipe import DROP_PATH_MODELS, ModelConfig
 from vit_finetune.run import RunError
 
@@ -24,8 +25,11 @@ def adapt(model: PreTrainedModel, config: ModelConfig) -> None:
         RunError: it cannot be trained so.
     """
     add_drop_path(model, config.drop_path_rate)
-    if config.method != "full":
-        freeze_encoder(model)
+    match config.method:
+        case "lora":
+            add_lora(model, config)
+        case "head" | "linear_probe":
+            freeze_encoder(model)
 
 
 def find_encoder(model: PreTrainedModel, key: str) -> tuple[str, nn.ModuleList]:

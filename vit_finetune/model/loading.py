@@ -23,6 +23,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import logging
 
 from vit_finetune.hub_repos import download_model, parse_hub_id, quiet_client
+from vit_finetune.model.lora import (
+    add_lora,
+    has_lora,
+    is_adapter,
+    load_adapter,
+    merge_lora,
+    read_adapter,
+)
 from vit_finetune.model.processing import (
     build_processor,
     compact_size,
@@ -81,6 +89,19 @@ def load_model(
     return model, build_processor(config, new_size, processor)
 
 
+def load_skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The pretrained classifier of a section, with the head that it has and without weights in memory.
+
+    Raises:
+        RunError: no such checkpoint, or none of a classifier.
+    """
+    assert config.path is not None
+    with quiet_transformers():
+        pretrained = _read_config(_at_hand(config.path, config.revision))
+        with torch.device("meta"):
+            return _class_of(pretrained)(pretrained)
+
+
 def load_checkpoint(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A fine-tuned model as it was saved, in float32 and evaluation mode, and its image processor.
 
@@ -92,12 +113,28 @@ def load_checkpoint(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             not exactly the model's.
     """
     path = _at_hand(path)
+    if is_adapter(Path(path)):
+        return _load_beside_base(Path(path))
     with quiet_transformers():
         config = _read_config(path)
         _check_weights(path)
         model, info = _from_pretrained(_class_of(config), path, config, None)
         _check_fit(path, model, info, head_may_be_new=False)
         return model.eval(), read_processor(path)
+
+
+def _load_beside_base(folder: Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A model of which the folder holds what LoRA has learnt, merged into the checkpoint that it names."""
+    with quiet_transformers():
+        config = _read_config(str(folder))
+        processor = read_processor(str(folder))
+    labels = [config.id2label[number] for number in range(config.num_labels)]
+    settings = read_adapter(folder, processor_size(processor))
+    model, _ = load_model(settings, labels)
+    add_lora(model, settings)
+    load_adapter(model, folder)
+    merge_lora(model)
+    return model.eval(), processor
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -109,6 +146,9 @@ def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         RunError: a tensor is missing, left over or of another shape.
     """
+    if has_lora(model):
+        load_adapter(model, checkpoint)
+        return
     with quiet_transformers():
         _check_weights(str(checkpoint))
         saved, info = _from_pretrained(type(model), str(checkpoint), copy.deepcopy(model.config), None)
@@ -200,7 +240,7 @@ def _at_hand(path: str, revision: str | None = None) -> str:
             folder = download_model(named[0], revision or named[1])
     except RunError as error:
         raise RunError(f"{error}. No folder of that name is on this machine either") from error
-    if not any(folder.glob("model*.safetensors")):
+    if not is_adapter(folder) and not any(folder.glob("model*.safetensors")):
         raise RunError(
             f"{path}: there are no safetensors weights in this repository. Weights in pickles can run code "
             f"when they are loaded, and are not downloaded"
@@ -308,12 +348,13 @@ def quiet_transformers() -> Iterator[None]:
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """Architecture, parameters, image size in pixels; where there are patches, tokens per image.
 
-    Of a model from the Hub also `revision`, the commit that it was loaded from.
+    LoRA's matrices are not counted, since they are merged. Of a model from the Hub also `revision`, the
+    commit that it was loaded from.
     """
     size = side_lengths(model.config.image_size) if getattr(model.config, "image_size", None) else None
     facts: dict[str, Any] = {
         "architecture": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(one.numel() for name, one in model.named_parameters() if ".lora_" not in name),
         "image_size": list(size) if size else None,
     }
     patch = getattr(model.config, "patch_size", None)

@@ -51,6 +51,7 @@ _NOWHERE = "path/to/this/folder"
 
 TRAINED = {
     "full": "fine-tuned from ",
+    "lora": "fine-tuned with LoRA from ",
     "head": "a head trained on the frozen encoder of ",
     "linear_probe": "a linear probe on the frozen encoder of ",
 }

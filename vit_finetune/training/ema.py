@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from vit_finetune.run import RunError
-from vit_finetune.training.world import division_of
 
 AVERAGED = "ema"
 """Folder of a checkpoint with the averaged model, as transformers saves one; beside it lie the weights that
@@ -93,22 +90,3 @@ class WeightAverage(TrainerCallback):
         """Leaves the averages in the model for good, and frees what they were kept in."""
         self._swap()
         self.weights, self.averages = {}, {}
-
-
-def check_average(ema_decay: float, environment: Mapping[str, str]) -> None:
-    """Makes sure that no average is asked for of a model that is divided over the processes.
-
-    Args:
-        ema_decay: of the recipe; 0 is off.
-        environment: what the launcher left.
-
-    Raises:
-        RunError: it is.
-    """
-    division = division_of(environment)
-    if ema_decay and division:
-        name = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}[division]
-        raise RunError(
-            f"training.ema_decay averages models that are whole in each process, and the launcher wants this "
-            f"one divided ({name}). Launch with recipes/accelerate/ddp.yaml, or write training.ema_decay=0"
-        )

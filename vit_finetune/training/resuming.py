@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl
 
 from vit_finetune.files import is_disk_full
 from vit_finetune.model.loading import restore_weights
+from vit_finetune.model.lora import has_lora, save_adapter
 from vit_finetune.run import Interrupted, RunError
 from vit_finetune.training.callbacks import StopOnSignal
 from vit_finetune.training.checkpoints import (
@@ -180,6 +181,13 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if saves:
             rotate_checkpoints(root, self.args.save_total_limit, state.best_global_step)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """The Trainer's; of a model with LoRA only what has learnt."""
+        if not has_lora(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_adapter(self.model, Path(output_dir or self.args.output_dir))
 
     def _best_checkpoint(self) -> str | None:
         """The folder of the best checkpoint so far, in this run's folder wherever that was moved to."""

@@ -182,6 +182,24 @@ def division_of(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def check_undivided(key: str, environment: Mapping[str, str]) -> None:
+    """Makes sure that a model which has to be whole in each process is not divided over them.
+
+    Args:
+        key: of the recipe, that needs it whole; for the message.
+        environment: what the launcher left.
+
+    Raises:
+        RunError: it would be divided.
+    """
+    if division := division_of(environment):
+        name = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}[division]
+        raise RunError(
+            f"{key} needs the whole model in each process, and the launcher wants it divided ({name}). "
+            f"Launch with recipes/accelerate/ddp.yaml, or leave out {key}"
+        )
+
+
 def check_division(environment: Mapping[str, str], formed: str) -> None:
     """Makes sure that a model which the launcher wants divided is not trained whole in every process.
 

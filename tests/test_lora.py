@@ -1,0 +1,450 @@
+"""LoRA: against the paper's formula in plain PyTorch, PEFT's own loader, and gone from what is published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import TINY_VIT, tiny_recipe
+from fork_server import ForkServer
+from invariants.test_exactness import AUGMENTED, EPSILON, KillAt, Killed, build_trainer, same, weights_of
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, ViTForImageClassification, pipeline
+from worlds import Division, Place, Trained, check_same, draw_photos, finish
+
+from vit_finetune.checking import check
+from vit_finetune.data.batches import EpochSampler
+from vit_finetune.data.splits.carving import load_splits
+from vit_finetune.data.transforms import TrainingImages, collate, normalize
+from vit_finetune.evaluation.prediction import predict
+from vit_finetune.finetuning import finetune
+from vit_finetune.model.adaptation import adapt
+from vit_finetune.model.loading import load_checkpoint, load_model
+from vit_finetune.model.lora import (
+    SETTINGS,
+    WEIGHTS,
+    has_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
+from vit_finetune.recipe import ModelConfig, Recipe, RecipeError, build_recipe, load_recipe
+from vit_finetune.run import Report, RunError
+from vit_finetune.training.optim import build_parameter_groups
+
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+"""PEFT 0.21 asks transformers 5.23 by an old name."""
+PROJECTIONS = ("q_proj", "v_proj")
+R, ALPHA = 4, 10.0
+LABELS = ["blue", "green", "red"]
+
+
+def lora_recipe(photos: Path, pretrained: Path, run: Path, **sections: Any) -> Recipe:
+    model = {"path": str(pretrained), "method": "lora", "lora_r": R, "lora_alpha": ALPHA}
+    model |= sections.pop("model", {})
+    values = tiny_recipe(photos, run, **sections).model_dump(exclude_unset=True) | {"model": model}
+    return build_recipe(values, name="tiny")
+
+
+def load(pretrained: Path, **model: Any) -> Any:
+    torch.manual_seed(0)
+    config = ModelConfig(path=str(pretrained), method="lora", lora_r=R, lora_alpha=ALPHA, **model)
+    found, _ = load_model(config, LABELS)
+    adapt(found, config)
+    return found
+
+
+def drawn(model: nn.Module) -> None:
+    """Gives B, which begins as zeros, values, so that its product counts."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+
+
+class PlainLora(nn.Module):
+    """The paper's layer: x Wᵀ + b + alpha / r · (x Aᵀ) Bᵀ."""
+
+    def __init__(self, base: nn.Linear, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.base, self.a, self.b = (
+            base,
+            nn.Parameter(a.detach().clone()),
+            nn.Parameter(b.detach().clone()),
+        )
+        base.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + ALPHA / R * (x @ self.a.T) @ self.b.T
+
+
+def plain_twin(model: Any, pretrained: Path) -> ViTForImageClassification:
+    """The same model with the paper's layers, its frozen weights out of the checkpoint."""
+    twin = ViTForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    twin.requires_grad_(False)
+    twin.classifier.load_state_dict(model.classifier.state_dict())
+    twin.classifier.requires_grad_(True)
+    for number, layer in enumerate(twin.vit.layers):
+        for name in PROJECTIONS:
+            theirs = getattr(model.vit.layers[number].attention, name)
+            a, b = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+            setattr(layer.attention, name, PlainLora(getattr(layer.attention, name), a, b))
+    return twin
+
+
+# --------------------------------------------------------------------------- the layers
+
+
+def test_layers_and_gradients_are_the_papers(pretrained: Path) -> None:
+    model = load(pretrained)
+    images = torch.randn(5, 3, 16, 16)
+    torch.manual_seed(0)
+    plain, _ = load_model(ModelConfig(path=str(pretrained)), LABELS)
+    assert model(images).logits.equal(plain(images).logits)  # B is zero: nothing has changed yet
+    drawn(model)
+    twin = plain_twin(model, pretrained)
+    assert not torch.allclose(model(images).logits, plain(images).logits, atol=1e-2)
+    for one in (model, twin):
+        nn.functional.cross_entropy(one(images).logits, torch.tensor([0, 1, 2, 0, 1])).backward()
+    torch.testing.assert_close(model(images).logits, twin(images).logits, atol=1e-6, rtol=0)
+    learnt = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(learnt) == 2 * 2 * len(PROJECTIONS) + 2  # A and B of two layers' projections; the head's two
+    for number, layer in enumerate(twin.vit.layers):
+        for name in PROJECTIONS:
+            at = f"vit.layers.{number}.attention.{name}"
+            for half, expected in (("A", getattr(layer.attention, name).a), ("B", getattr(layer.attention, name).b)):  # fmt: skip
+                found = learnt[f"{at}.lora_{half}.default.weight"]
+                torch.testing.assert_close(found, expected.grad, atol=1e-6, rtol=0)
+    torch.testing.assert_close(learnt["classifier.weight"], twin.classifier.weight.grad, atol=1e-6, rtol=0)
+
+
+def test_merged_it_is_the_stock_model(pretrained: Path) -> None:
+    model = load(pretrained)
+    drawn(model)
+    images = torch.randn(5, 3, 16, 16)
+    expected, twin = model(images).logits, plain_twin(model, pretrained)
+    merge_lora(model)
+    stock = ViTForImageClassification(model.config)
+    stock.load_state_dict(model.state_dict())  # strict: the very names of a stock model
+    assert not has_lora(model) and type(model) is ViTForImageClassification
+    torch.testing.assert_close(stock(images).logits, expected, atol=1e-5, rtol=0)
+    plain = twin.vit.layers[1].attention.q_proj
+    torch.testing.assert_close(
+        stock.vit.layers[1].attention.q_proj.weight,
+        plain.base.weight + ALPHA / R * plain.b @ plain.a,
+        atol=1e-6,
+        rtol=0,
+    )
+
+
+@PEFTS_OWN
+def test_an_adapter_is_read_as_it_was_written_by_us_and_by_peft(pretrained: Path, tmp_path: Path) -> None:
+    model = load(pretrained)
+    drawn(model)
+    images = torch.randn(5, 3, 16, 16)
+    save_adapter(model, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".md") == [SETTINGS, WEIGHTS]
+    again = load(pretrained)
+    load_adapter(again, tmp_path)
+    assert again(images).logits.equal(model(images).logits)
+    base = AutoModelForImageClassification.from_pretrained(
+        pretrained, num_labels=3, ignore_mismatched_sizes=True
+    )
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(theirs(images).logits, model.eval()(images).logits, atol=1e-6, rtol=0)
+    merged = theirs.merge_and_unload()
+    merge_lora(model)
+    torch.testing.assert_close(merged(images).logits, model(images).logits, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    model = load(pretrained)
+    drawn(model)
+    save_adapter(model, tmp_path / "a")
+    wider = load(pretrained, lora_targets=["q_proj", "v_proj", "fc1"])
+    with pytest.raises(RunError, match=r"do not fit ViTFor.*fc1\.lora_A"):
+        load_adapter(wider, tmp_path / "a")
+    other = shutil.copytree(pretrained, tmp_path / "other")
+    changed = load_file(other / "model.safetensors")
+    stock, _ = load_model(ModelConfig(config=TINY_VIT), ["x", "y"])
+    stock.save_pretrained(other)
+    assert changed.keys() == load_file(other / "model.safetensors").keys()
+    with pytest.raises(RunError, match=r"trained beside other weights than .*other has now"):
+        load_adapter(load(other), tmp_path / "a")
+    from safetensors.torch import save_file
+
+    save_file(load_file(tmp_path / "a" / WEIGHTS), tmp_path / "a" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(RunError, match="does not say which weights it was trained beside"):
+        load_adapter(load(pretrained), tmp_path / "a")
+
+
+def test_layer_decay_falls_through_the_matrices(pretrained: Path) -> None:
+    """Groups by hand: layer k of n learns at rate × decay^(n + 1 − k), the head at the rate itself."""
+    model = load(pretrained, lora_targets=["q_proj", "fc2"])
+    groups = build_parameter_groups(model, 1e-2, 0.05, layer_decay=0.5, head_lr_multiplier=3.0)
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    found = {
+        name: rate.pop(id(parameter)) for name, parameter in model.named_parameters() if id(parameter) in rate
+    }
+    assert not rate
+    assert found == {
+        **{
+            f"vit.layers.{number}.{at}.lora_{half}.default.weight": 1e-2 * 0.5 ** (2 - number)
+            for number in (0, 1)
+            for at in ("attention.q_proj", "mlp.fc2")
+            for half in "AB"
+        },
+        "classifier.weight": pytest.approx(3e-2),
+        "classifier.bias": pytest.approx(3e-2),
+    }
+
+
+# --------------------------------------------------------------------------- training
+
+
+@pytest.mark.slow
+def test_training_equals_a_plain_loop(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """With layer decay and weight decay, which the matrices have and biases do not."""
+    training = {"weight_decay": 0.1, "layer_decay": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0,
+                "adam_epsilon": EPSILON, "load_best_model_at_end": False, "max_grad_norm": 0.0}  # fmt: skip
+    recipe = lora_recipe(folder, pretrained, tmp_path, augmentation=AUGMENTED, training=training)
+    trainer = build_trainer(recipe, tmp_path / "trainer")
+    twin = plain_twin(trainer.model, pretrained)
+    trainer.train()
+    rates = []
+    for number, layer in enumerate(twin.vit.layers):
+        for name in PROJECTIONS:
+            one = getattr(layer.attention, name)
+            rates += [(one.a, 3e-3 * 0.5 ** (2 - number), 0.1), (one.b, 3e-3 * 0.5 ** (2 - number), 0.1)]
+    rates += [(twin.classifier.weight, 3e-3, 0.1), (twin.classifier.bias, 3e-3, 0.0)]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": lr, "weight_decay": decay} for p, lr, decay in rates], eps=EPSILON
+    )
+    _, processor = load_model(recipe.model, LABELS)
+    images = TrainingImages(load_splits(recipe.data)["train"], processor, recipe.augmentation, recipe.training.seed)  # fmt: skip
+    sampler = EpochSampler(len(images), recipe.training.seed)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for batch in DataLoader(images, batch_size=4, sampler=sampler, collate_fn=collate):
+            logits = twin(normalize(batch["pixel_values"], processor)).logits
+            nn.functional.cross_entropy(logits, batch["labels"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    pixels = torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(trainer.model.eval()(pixels).logits, twin(pixels).logits, atol=1e-5, rtol=0)
+    for number, layer in enumerate(twin.vit.layers):
+        found = trainer.model.vit.layers[number].attention.q_proj
+        torch.testing.assert_close(
+            found.lora_B["default"].weight, layer.attention.q_proj.b, atol=1e-5, rtol=0
+        )
+        assert layer.attention.q_proj.b.abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """With an average of the weights, drop path and mixed images; checkpoints hold the adapter alone."""
+    steps = {f"{what}_{how}": value for what in ("save", "eval") for how, value in (("strategy", "steps"), ("steps", 2))}  # fmt: skip
+    recipe = lora_recipe(
+        folder,
+        pretrained,
+        tmp_path,
+        augmentation={**AUGMENTED, "mixup_alpha": 0.8},
+        model={"drop_path_rate": 0.3},
+        training={**steps, "num_train_epochs": 3, "ema_decay": 0.9},
+    )
+    whole = build_trainer(recipe, tmp_path / "whole")
+    whole.train()
+    killed = build_trainer(recipe, tmp_path / "killed", [KillAt(7)])
+    with pytest.raises(Killed):
+        killed.train()
+    torch.manual_seed(999)
+    resumed = build_trainer(recipe, tmp_path / "killed")
+    checkpoint = tmp_path / "killed" / "checkpoint-6"
+    assert (checkpoint / WEIGHTS).is_file() and not (checkpoint / "model.safetensors").exists()
+    assert (checkpoint / "ema" / WEIGHTS).is_file()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(weights_of(resumed.model), weights_of(whole.model))
+    losses = [[e["eval_loss"] for e in one.state.log_history if "eval_loss" in e] for one in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+@pytest.mark.slow
+def test_recomputing_activations_changes_nothing(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """The frozen embeddings give layers inputs without a gradient, through which it must still be passed on."""
+    found = []
+    for recomputed in (False, True):
+        recipe = lora_recipe(
+            folder, pretrained, tmp_path, training={"gradient_checkpointing": recomputed, "max_steps": 3}
+        )
+        trainer = build_trainer(recipe, tmp_path / str(recomputed))
+        trainer.train()
+        found.append(weights_of(trainer.model))
+    assert same(*found)
+    assert found[0]["vit.layers.0.attention.q_proj.lora_B.default.weight"].abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_as_one(forks: ForkServer, pretrained: Path, tmp_path: Path) -> None:
+    place = Place(forks, tmp_path, draw_photos(tmp_path / "photos"))
+    words = ["model.config=null", f"model.path={pretrained}", "model.method=lora"]
+    found = []
+    for name, division in {"one": Division(1, 8, 1), "two": Division(2, 2, 2)}.items():
+        run, children = place.start(name, division, *words)
+        finish(children)
+        found.append(Trained(run, [children]))
+    assert found[0].steps() == found[1].steps()
+    check_same(found[1], found[0])
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.slow
+@PEFTS_OWN
+def test_what_is_published_is_a_stock_model(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """With classes and resolution of its own; beside it the adapter, which PEFT loads to the same answers."""
+    run = finetune(lora_recipe(folder, pretrained, tmp_path / "run", model={"image_size": 24}))
+    assert sorted(file.name for file in run.model.iterdir()) == [
+        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+    ]
+    model, info = ViTForImageClassification.from_pretrained(run.model, output_loading_info=True)
+    assert not any(info.values()) and model.config.problem_type == "single_label_classification"
+    before = ViTForImageClassification.from_pretrained(pretrained).state_dict()
+    after = model.state_dict()
+    changed = {name for name in after if not (before[name].shape == after[name].shape and after[name].equal(before[name]))}  # fmt: skip
+    assert changed == {
+        "classifier.weight",
+        "classifier.bias",
+        "vit.embeddings.position_embeddings",
+        *(f"vit.layers.{number}.attention.{name}.weight" for number in (0, 1) for name in PROJECTIONS),
+    }
+    classify = pipeline("image-classification", model=str(run.model), device="cpu")
+    for row in pyarrow.parquet.read_table(run.predictions("test")).to_pylist():
+        answer = {item["label"]: item["score"] for item in classify(str(folder / row["id"]), top_k=3)}
+        names = [model.config.id2label[number] for number in range(3)]
+        assert [answer[name] for name in names] == pytest.approx(row["probabilities"], abs=1e-6)
+    torch.manual_seed(5)
+    base, _ = load_model(ModelConfig(path=str(pretrained), image_size=24), LABELS)
+    theirs = PeftModel.from_pretrained(base, run.adapter).merge_and_unload()
+    images = torch.randn(4, 3, 24, 24)
+    torch.testing.assert_close(theirs.eval()(images).logits, model(images).logits, atol=1e-6, rtol=0)
+    facts = run.read_provenance()["model"]
+    assert facts["method"] == "lora" and facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert "LoRA's matrices and the head" in run.report_html.read_text().replace("&#39;", "'")
+    assert "fine-tuned with LoRA from " in (run.model / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_asked_for_the_adapter_alone_is_published(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    merged = finetune(lora_recipe(folder, pretrained, tmp_path / "merged"))
+    run = finetune(lora_recipe(folder, pretrained, tmp_path / "run", model={"lora_merge": False}))
+    assert sorted(file.name for file in run.model.iterdir()) == [
+        *("README.md", SETTINGS, WEIGHTS, "config.json", "preprocessor_config.json"),
+    ]
+    assert not run.adapter.exists()
+    assert same(load_file(run.model / WEIGHTS), load_file(merged.adapter / WEIGHTS))
+    assert Report.load(run.report("test")) == Report.load(merged.report("test"))
+    ours, _ = load_checkpoint(str(run.model))
+    expected, _ = load_checkpoint(str(merged.model))
+    assert same(weights_of(ours), weights_of(expected))
+    image = next((folder / "red").iterdir())
+    assert predict(run.path, [image]) == predict(merged.path, [image])
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model.method=lora"], "method lora keeps the encoder as it is"),
+        (["model.lora_r=4"], "lora_r belongs to method lora, and method is full"),
+        (["model.config=null", "model.path=x/y", "model.method=lora", "model.lora_targets=[]"], "at least 1"),
+        (["model.config=null", "model.path=x/y", "model.method=lora", "training.fsdp=full_shard"], "fsdp"),
+    ],
+)
+def test_what_a_recipe_cannot_ask_for(words: list[str], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe("digits", words)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (
+            ["query"],
+            "'query' matches no layer of ViTForImageClassification; expected some of projection, q_proj",
+        ),
+        (["q_proj", "q_pro"], "'q_pro' matches no layer"),
+        (["classifier"], "'classifier' is the head"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused_before_the_data(
+    pretrained: Path, tmp_path: Path, targets: list[str], told: str
+) -> None:
+    recipe = lora_recipe(tmp_path / "nowhere", pretrained, tmp_path / "run", model={"lora_targets": targets})
+    for verb in (finetune, check):
+        with pytest.raises(RunError) as caught:
+            verb(recipe)
+        assert f"model.lora_targets: {told}" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_running_statistics_are_refused(tmp_path: Path) -> None:
+    config = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "image_size": 16}  # fmt: skip
+    model, processor = load_model(ModelConfig(config=config), LABELS)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="ResNetForImageClassification has running statistics"):
+        load(tmp_path, lora_targets=["convolution"])
+
+
+def test_a_divided_model_is_refused(
+    folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RunError, match=r"model\.method: lora needs the whole model .*\(FSDP\)"):
+        finetune(lora_recipe(folder, pretrained, tmp_path / "run"))
+
+
+def test_the_library_is_named_where_it_is_missing(
+    folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RunError, match=r"pip install 'vit-finetune\[lora\]'"):
+        finetune(lora_recipe(folder, pretrained, tmp_path / "run"))
+
+
+def test_switched_off_nothing_is_built(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Neither drawn: the next random number is the one that it is without."""
+    numbers = []
+    for config in (ModelConfig(path=str(pretrained)), None):
+        torch.manual_seed(1)
+        model, _ = load_model(ModelConfig(path=str(pretrained)), LABELS)
+        if config:
+            adapt(model, config)
+        assert not has_lora(model) and all(p.requires_grad for p in model.parameters())
+        numbers.append(torch.rand(1))
+    assert numbers[0].equal(numbers[1])
+
+
+def test_settings_that_are_not_ours_are_refused(pretrained: Path, tmp_path: Path) -> None:
+    model = load(pretrained)
+    save_adapter(model, tmp_path)
+    model.config.save_pretrained(tmp_path)
+    shutil.copy(pretrained / "preprocessor_config.json", tmp_path)
+    load_checkpoint(str(tmp_path))
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    (tmp_path / SETTINGS).write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(RunError, match="not the settings of a LoRA adapter of a checkpoint"):
+        load_checkpoint(str(tmp_path))
