@@ -105,6 +105,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _repeats_what_is_held(self) -> Recipe:
+        for key in ("balanced_sampling", "streaming"):
+            if self.augmentation.repeats > 1 and getattr(self.data, key):
+                raise ValueError(
+                    f"augmentation.repeats and data.{key} both decide which images an epoch reads: leave out "
+                    f"one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _adapts_whole_models(self) -> Recipe:
         for name in ("fsdp", "deepspeed"):
             if self.model.method == "lora" and getattr(self.training, name, None):

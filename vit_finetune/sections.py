@@ -146,6 +146,9 @@ class AugmentationConfig(Section):
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     random_erasing: Probability = 0.0
     """Share of training images with one rectangle painted over in the mean colour (Zhong et al., 2017)."""
+    repeats: Positive = 1
+    """Repeated augmentation (Hoffer et al., 2020; Berman et al., 2019; DeiT has 3): an epoch reads each of so
+    many fewer images this many times, near one another and varied anew; 1 is off."""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Each image of a batch is blended with another by a share drawn from Beta(α, α), and so are the targets
     (Zhang et al., 2018); 0 is off."""

@@ -107,7 +107,12 @@ def build_loader(images: TrainingImages | StreamBatches, args: ViTTrainingArgume
     return EpochLoader(
         images,
         batch_sampler=StepBatches(
-            EpochSampler(len(images), seed, images.labels if images.balanced else None),
+            EpochSampler(
+                len(images),
+                seed,
+                images.labels if images.balanced else None,
+                images.augment.config.repeats,
+            ),
             args.per_device_train_batch_size,
             args.world_size,
             args.process_index,
