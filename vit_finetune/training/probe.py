@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 from torch import nn
 
 DECADES = range(1, -7, -1)
@@ -63,58 +65,81 @@ def fit_probe(
     """
     mean, scale = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
     scale = np.where(scale > 1e-6 * max(scale.max(), 1e-12), scale, 1.0)  # constant ones tell nothing
-    standard = torch.from_numpy((features - mean) / scale)
+    standard = (features - mean) / scale
     present, targets = np.unique(labels, return_inverse=True)
-    goal = torch.from_numpy(targets)
-    warm = torch.zeros(len(present), features.shape[1]).double(), torch.zeros(len(present)).double()
-    tried: dict[float, tuple[np.ndarray, np.ndarray, dict[str, Any]]] = {}
+    tried: dict[float, _Tried] = {}
 
-    def fit(penalty: float) -> None:
-        start = time.perf_counter()
-        _fit(standard, goal, penalty, *warm)  # from the penalty before it
+    def fit(penalty: float, start: np.ndarray, tolerance: float = 1e-4) -> None:
+        begun = time.perf_counter()
+        flat = _fit(standard, targets, penalty, start, tolerance)
         weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, ABSENT)
-        weight[present] = warm[0].numpy() / scale
-        bias[present] = warm[1].numpy() - weight[present] @ mean
-        logits = torch.from_numpy(validation @ weight.T + bias)
-        loss = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(validation_labels)))
-        found = scores(logits.numpy().argmax(axis=1), validation_labels)
+        fitted = flat.reshape(len(present), -1)
+        weight[present] = fitted[:, :-1] / scale
+        bias[present] = fitted[:, -1] - weight[present] @ mean
+        logits = validation @ weight.T + bias
+        loss = float(-log_softmax(logits, axis=1)[np.arange(len(logits)), validation_labels].mean())
+        found = scores(logits.argmax(axis=1), validation_labels)
         entry = {"penalty": penalty, "eval_loss": loss} | {f"eval_{k}": v for k, v in found.items()}
-        tried[penalty] = (weight, bias, entry | {"seconds": round(time.perf_counter() - start, 3)})
+        entry |= {"seconds": round(time.perf_counter() - begun, 3)}
+        tried[penalty] = _Tried(flat, weight, bias, entry)
 
     def rank(penalty: float) -> tuple[float, float]:
-        entry = tried[penalty][2]
+        entry = tried[penalty].entry
         return (-entry["eval_loss"] if metric == "loss" else entry[f"eval_{metric}"], -entry["eval_loss"])
 
+    last = np.zeros(len(present) * (features.shape[1] + 1))
     for number, decade in enumerate(DECADES):
-        fit(10.0**decade)
+        fit(10.0**decade, last)
+        last = tried[10.0**decade].flat
         best = max(tried, key=rank)
         if number - list(tried).index(best) >= WORSE:
             break
     for half in (-0.5, 0.5):
-        fit(best * 10**half)
+        fit(best * 10**half, tried[best].flat)
     best = max(tried, key=rank)
-    weight, bias, _ = tried[best]
-    history = [entry for *_, entry in (tried[penalty] for penalty in sorted(tried))]
-    return Probe(weight.astype(np.float32), bias.astype(np.float32), best, history)
+    fit(best, tried[best].flat, tolerance=1e-6)  # what is kept is the minimum; the others were near enough
+    history = [tried[penalty].entry for penalty in sorted(tried)]
+    return Probe(tried[best].weight.astype(np.float32), tried[best].bias.astype(np.float32), best, history)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What came of a penalty."""
+
+    flat: np.ndarray
+    """As `_fit` answers."""
+    weight: np.ndarray
+    """Of the features as they are, float64 `(classes, width)`."""
+    bias: np.ndarray
+    """float64 `(classes,)`."""
+    entry: dict[str, Any]
 
 
 def _fit(
-    standard: torch.Tensor, targets: torch.Tensor, penalty: float, weight: torch.Tensor, bias: torch.Tensor
-) -> None:
-    """Takes weights, float64 `(classes, width)`, and biases from where they are to the least loss."""
-    weight.requires_grad_()
-    bias.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
+    standard: np.ndarray, targets: np.ndarray, penalty: float, start: np.ndarray, tolerance: float
+) -> np.ndarray:
+    """The weights and biases of least loss, from those to start with on.
 
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        logits = torch.nn.functional.linear(standard, weight, bias)
-        total = torch.nn.functional.cross_entropy(logits, targets) + penalty / 2 * weight.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
+    Args:
+        standard: features, float64 `(images, width)`.
+        targets: class ids, int64 `(images,)`.
+        penalty: of the weights.
+        start: float64 `(classes * (width + 1),)`: of each class the weights and then the bias, as answered.
+        tolerance: largest component of the gradient to stop at.
+    """
+    images, rows = len(targets), np.arange(len(targets))
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    weight.requires_grad_(False)
-    bias.requires_grad_(False)
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        parameters = flat.reshape(-1, standard.shape[1] + 1)
+        weight = parameters[:, :-1]
+        logs = log_softmax(standard @ weight.T + parameters[:, -1], axis=1)  # (images, classes)
+        value = -logs[rows, targets].mean() + penalty / 2 * np.square(weight).sum()
+        slope = np.exp(logs)
+        slope[rows, targets] -= 1
+        slope /= images
+        gradient = np.column_stack([slope.T @ standard + penalty * weight, slope.sum(axis=0)])
+        return float(value), gradient.ravel()
+
+    options = {"maxiter": 1000, "gtol": tolerance, "ftol": 0.0, "maxcor": 20}
+    found: np.ndarray = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+    return found
