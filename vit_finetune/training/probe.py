@@ -96,8 +96,10 @@ def fit_probe(
             break
     for half in (-0.5, 0.5):
         fit(best * 10**half, tried[best].flat)
-    best = max(tried, key=rank)
-    fit(best, tried[best].flat, tolerance=1e-6)  # what is kept is the minimum; the others were near enough
+    refined = set()
+    while (best := max(tried, key=rank)) not in refined:  # what is kept is the minimum; others may be near it
+        fit(best, tried[best].flat, tolerance=1e-6)
+        refined.add(best)
     history = [tried[penalty].entry for penalty in sorted(tried)]
     return Probe(tried[best].weight.astype(np.float32), tried[best].bias.astype(np.float32), best, history)
 
