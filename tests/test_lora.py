@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY_VIT, tiny_recipe
+import yaml
+from conftest import TINY_VIT, Say, tiny_recipe
 from fork_server import ForkServer
 from invariants.test_exactness import AUGMENTED, EPSILON, KillAt, Killed, build_trainer, same, weights_of
 from peft import PeftModel
@@ -37,8 +42,11 @@ from vit_finetune.model.lora import (
     save_adapter,
 )
 from vit_finetune.recipe import ModelConfig, Recipe, RecipeError, build_recipe, load_recipe
-from vit_finetune.run import Report, RunError
+from vit_finetune.run import Report, Run, RunError
 from vit_finetune.training.optim import build_parameter_groups
+
+if TYPE_CHECKING:
+    from loopback_hub import LoopbackHub
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 """PEFT 0.21 asks transformers 5.23 by an old name."""
@@ -359,6 +367,47 @@ def test_asked_for_the_adapter_alone_is_published(folder: Path, pretrained: Path
     assert predict(run.path, [image]) == predict(merged.path, [image])
 
 
+@pytest.mark.slow
+@pytest.mark.hub
+@PEFTS_OWN
+def test_an_adapter_goes_round_through_the_hub(
+    hub: LoopbackHub, say: Say, run: Run, folder: Path, tmp_path: Path
+) -> None:
+    """Its base by id and commit; verified after pushing, scored by id, and loaded as its card says."""
+    assert say("push", run.path, "--repo", "ann/base", "--license", "mit")[0] == 0
+    recipe = tmp_path / "adapter.yaml"
+    model = {"path": "ann/base", "method": "lora", "lora_merge": False}
+    values = tiny_recipe(folder, tmp_path / "adapter", hub={"push": True, "model_id": "ann/adapter"})
+    recipe.write_text(yaml.safe_dump(values.model_dump(mode="json", exclude_unset=True) | {"model": model}))
+    code, _, told = say("train", recipe)
+    assert code == 0 and "test images as reported" in told, told
+    settings = json.loads((tmp_path / "adapter" / "model" / SETTINGS).read_text())
+    assert settings["base_model_name_or_path"] == "ann/base" and len(settings["revision"]) == 40
+    scored = Report.load(tmp_path / "adapter" / "reports" / "test.json")
+    code, out, told = say("evaluate", tmp_path / "adapter", "--json")
+    assert code == 0 and json.loads(out)["log_loss"] == pytest.approx(scored.log_loss, abs=1e-6), told
+    code, out, told = say("predict", "ann/adapter", folder / "red", "--json")
+    assert code == 0, told
+    card = (tmp_path / "adapter" / "model" / "README.md").read_text()
+    assert "library_name: peft" in card and "base_model: ann/base" in card
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
+    image = next((folder / "red").iterdir())
+    source = snippet.replace('"photo.jpg"', repr(str(image))).replace("print(", "import json; answer = (")
+    source += f"\nopen({str(tmp_path / 'answer.json')!r}, 'w').write(json.dumps(answer))"
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        env=os.environ | hub.environment(hub.token("ann"), tmp_path / "home-ann") | {"HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {one["label"]: one["score"] for one in json.loads((tmp_path / "answer.json").read_text())}
+    (expected,) = [one["predictions"] for one in json.loads(out) if one["path"] == str(image)]
+    for one in expected:
+        assert found[one["label"]] == pytest.approx(one["probability"], abs=1e-6)
+
+
 # --------------------------------------------------------------------------- refusals
 
 
@@ -366,6 +415,16 @@ def test_asked_for_the_adapter_alone_is_published(folder: Path, pretrained: Path
     ("words", "told"),
     [
         (["model.method=lora"], "method lora keeps the encoder as it is"),
+        (
+            [
+                "model.config=null",
+                "model.path=x/y",
+                "model.method=lora",
+                "model.lora_merge=false",
+                "model.image_size=32",
+            ],
+            "others have at its own size",
+        ),
         (["model.lora_r=4"], "lora_r belongs to method lora, and method is full"),
         (["model.config=null", "model.path=x/y", "model.method=lora", "model.lora_targets=[]"], "at least 1"),
         (["model.config=null", "model.path=x/y", "model.method=lora", "training.fsdp=full_shard"], "fsdp"),
@@ -415,11 +474,24 @@ def test_a_divided_model_is_refused(
         finetune(lora_recipe(folder, pretrained, tmp_path / "run"))
 
 
+def test_an_adapter_to_a_folder_of_this_machine_is_not_published(
+    folder: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    recipe = lora_recipe(
+        folder,
+        pretrained,
+        tmp_path / "run",
+        model={"lora_merge": False},
+        hub={"push": True, "model_id": "a/b"},
+    )
+    with pytest.raises(RunError, match="is a folder of this machine"):
+        finetune(recipe)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_library_is_named_where_it_is_missing(
     folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RunError, match=r"pip install 'vit-finetune\[lora\]'"):
         finetune(lora_recipe(folder, pretrained, tmp_path / "run"))

@@ -49,7 +49,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     Run(recipe.output_dir).check_free(resume=Run(recipe.output_dir).exists())
     with quiet_libraries(), form_world(recipe) as world:
         if recipe.hub.push and world.is_main:
-            check_destination(recipe.hub)
+            check_destination(recipe.hub, recipe.model)
         check_method(recipe, world)
         if recipe.data.streaming:
             with world.one_per_machine_first():

@@ -86,7 +86,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         ExitStack() as held,
     ):
         if recipe.hub.push and world.is_main:
-            check_destination(recipe.hub)
+            check_destination(recipe.hub, recipe.model)
         check_method(recipe, world)
         with world.one_per_machine_first():
             data = prepare_data(pinned(recipe.data, before))

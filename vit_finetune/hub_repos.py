@@ -100,6 +100,12 @@ def download_model(
         return Path(fetched)
 
 
+def commit_of(folder: str) -> str | None:
+    """The commit of a folder of the Hub's cache; None of any other."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})$", folder)  # as the cache names its folders
+    return found[1] if found else None
+
+
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str | None:
     """The commit that a branch or tag stands for now; None in offline mode, where only the cache is asked.
 

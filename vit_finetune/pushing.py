@@ -14,7 +14,7 @@ import datasets
 from vit_finetune.console import answer, say, warn
 from vit_finetune.data.sources.folders import first_of
 from vit_finetune.files import is_disk_full, sha256_of
-from vit_finetune.hub_repos import download_model, quiet_client
+from vit_finetune.hub_repos import download_model, parse_hub_id, quiet_client
 from vit_finetune.publishing.card import (
     build_eval_entries,
     publishable_card,
@@ -32,7 +32,7 @@ from vit_finetune.publishing.hub import (
     set_tag,
 )
 from vit_finetune.publishing.record import memory, one_line
-from vit_finetune.recipe import HubConfig, load_recipe
+from vit_finetune.recipe import HubConfig, ModelConfig, load_recipe
 from vit_finetune.run import Interrupted, Run, RunError
 
 RUNNING = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
@@ -45,13 +45,18 @@ STALE = re.compile(
 """What `from_pretrained` looks for beside the weights that are published, and scores of an earlier model."""
 
 
-def check_destination(hub: HubConfig) -> None:
+def check_destination(hub: HubConfig, model: ModelConfig) -> None:
     """Makes sure, before anything is trained, that a model may be pushed there; changes nothing.
+
+    Args:
+        hub: where to, and how.
+        model: what it is trained from.
 
     Raises:
         RunError: it may not, and why.
     """
     assert hub.model_id is not None  # `hub.push` needs it
+    _check_base(model)
     with quiet_client():
         _check(hub, hub.model_id, None)
 
@@ -82,7 +87,9 @@ def push_to_hub(
     """
     run = Run(target)
     edited = _check_run(run, force)
-    hub = hub or load_recipe(run.recipe).hub
+    recipe = load_recipe(run.recipe)
+    _check_base(recipe.model)
+    hub = hub or recipe.hub
     if not hub.model_id:
         raise RunError(
             f"{run.path}: its recipe names no repository: say --repo owner/name, or set hub.model_id"
@@ -156,6 +163,16 @@ def _check_run(run: Run, force: bool) -> list[str]:
     for name in edited:
         _check_forced(run, run.path / name)
     return [name.removeprefix("model/") for name in edited]
+
+
+def _check_base(model: ModelConfig) -> None:
+    """Raises RunError where others could not load what an adapter belongs beside."""
+    if model.method == "lora" and not model.lora_merge and parse_hub_id(str(model.path)) is None:
+        raise RunError(
+            f"model.lora_merge: false publishes an adapter, which needs the checkpoint that it was trained "
+            f"beside, and {model.path} is a folder of this machine. Train from a checkpoint on the Hub, or "
+            f"with model.lora_merge: true"
+        )
 
 
 def _check_forced(run: Run, path: Path) -> None:

@@ -233,6 +233,11 @@ class ModelConfig(Section):
         said = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if said and self.method != "lora":
             raise ValueError(f"{said[0]} belongs to method lora, and method is {self.method}: leave out one")
+        if not self.lora_merge and self.image_size is not None:
+            raise ValueError(
+                "lora_merge: false publishes what is loaded beside the checkpoint, which others have at its "
+                "own size: leave out image_size, or lora_merge"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,7 +19,8 @@ from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.transforms import ImageFiles
 from vit_finetune.evaluation.scoring import best_device, compute_label_metrics
-from vit_finetune.model.loading import quiet_transformers
+from vit_finetune.model.loading import load_checkpoint, quiet_transformers
+from vit_finetune.model.lora import is_adapter
 from vit_finetune.run import Report, Run, RunError
 
 SAMPLE = 64
@@ -95,7 +97,10 @@ def _classify(model: Path, split: datasets.Dataset, rows: list[int] | range, lab
         RunError: it cannot be used, or its classes are others.
     """
     with quiet_transformers(), _explaining_faults():
-        classify = pipeline("image-classification", model=str(model), device=best_device())
+        whole: dict[str, Any] = {"model": str(model)}
+        if is_adapter(model):
+            whole["model"], whole["image_processor"] = load_checkpoint(str(model))
+        classify = pipeline("image-classification", **whole, device=best_device())
     if others := sorted(set(labels) ^ set(classify.model.config.id2label.values())):
         raise RunError(f"what was downloaded has other classes than the report: {first_of(others)}")
     files, number = ImageFiles(split), {label: place for place, label in enumerate(labels)}

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging
 
-from vit_finetune.hub_repos import download_model, parse_hub_id, quiet_client
+from vit_finetune.hub_repos import commit_of, download_model, parse_hub_id, quiet_client
 from vit_finetune.model.lora import (
     add_lora,
     has_lora,
@@ -366,7 +366,6 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     elif patch is not None and size:
         ph, pw = side_lengths(patch)
         facts["tokens"] = (size[0] // ph) * (size[1] // pw)
-    # As the Hub's cache names its folders.
-    if commit := re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})$", model.name_or_path):
-        facts["revision"] = commit[1]
+    if commit := commit_of(model.name_or_path):
+        facts["revision"] = commit
     return facts

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vit_finetune.files import sha256_of
+from vit_finetune.hub_repos import commit_of, parse_hub_id
 from vit_finetune.model.head import head_of
 from vit_finetune.recipe import ModelConfig
 from vit_finetune.run import RunError
@@ -49,8 +50,8 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> None:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         target_modules=list(config.lora_targets),
-        base_model_name_or_path=config.path,
-        revision=config.revision,
+        base_model_name_or_path=(parse_hub_id(config.path) or [config.path])[0] if config.path else None,
+        revision=commit_of(model.name_or_path),
     )
     peft.inject_adapter_in_model(settings, model)
     model.get_submodule(head).requires_grad_(True)

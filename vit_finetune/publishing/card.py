@@ -185,6 +185,21 @@ def _usage(record: Record) -> str:
     model_id, revision = record.setting("hub", "model_id"), record.setting("hub", "revision")
     pinned = f', revision="{revision}"' if model_id and revision else ""
     name = model_id or _NOWHERE
+    if record.is_adapter:
+        base, commit = values_without_paths(record.model.get("base_model")), record.model.get("revision")
+        at = f'"{hub_id(base) or base}", config=config, ignore_mismatched_sizes=True'
+        at += f',\n    revision="{commit}"' if commit else ""
+        return (
+            "from peft import PeftModel\n"
+            "from transformers import (\n    AutoConfig,\n    AutoImageProcessor,\n"
+            "    AutoModelForImageClassification,\n    pipeline,\n)\n\n"
+            f'config = AutoConfig.from_pretrained("{name}"{pinned})\n'
+            f"base = AutoModelForImageClassification.from_pretrained(\n    {at},\n)\n"
+            f'model = PeftModel.from_pretrained(base, "{name}"{pinned}).merge_and_unload()\n'
+            f'processor = AutoImageProcessor.from_pretrained("{name}"{pinned})\n'
+            'classifier = pipeline("image-classification", model=model, image_processor=processor)\n'
+            'print(classifier("photo.jpg"))'
+        )
     return (
         "from transformers import pipeline\n\n"
         f'classifier = pipeline("image-classification", model="{name}"{pinned})\n'
@@ -241,7 +256,7 @@ def _metadata(record: Record) -> ModelCardData:
     dataset = _dataset_id(record)
     own_tags = [one_line(str(tag)) for tag in record.setting("hub", "tags") or []]
     return ModelCardData(
-        library_name="transformers",
+        library_name="peft" if record.is_adapter else "transformers",
         pipeline_tag="image-classification",
         license=record.setting("hub", "license"),
         base_model=base_model,

@@ -82,6 +82,11 @@ class Record:
         """What to call the run: the recipe's name."""
         return str(self.provenance.get("recipe_name") or "run")
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether what is published is LoRA's adapter, to be loaded beside its base."""
+        return self.setting("model", "method") == "lora" and not self.setting("model", "lora_merge")
+
     def setting(self, section: str, key: str) -> Any:
         """One value of the resolved recipe; None where it is not there."""
         return (self.recipe.get(section) or {}).get(key)
