@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 def test_every_recipe_loads_and_is_in_the_table() -> None:
     files = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate"]
-    assert len(files) == 9
+    assert len(files) == 10
     assert sorted(path.stem for path in files) == sorted(bundled_recipes())
     for path in files:
         assert load_recipe(path).name == path.stem
