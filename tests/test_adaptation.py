@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY_VIT, tiny_recipe
-from invariants.test_exactness import (
+from exactness import (
     AUGMENTED,
     DROPOUT,
     EPSILON,
-    KillAt,
-    Killed,
+    EVERY_SECOND,
     build_trainer,
     same,
     weights_of,
+    with_and_without_a_break,
 )
 from test_training import RESNET, build, rate_by_name
 from torch import nn
@@ -281,8 +282,7 @@ def test_resumed_equals_uninterrupted(
 ) -> None:
     """With dropout, mixing, smoothing, layer decay and the head's multiplier; the best checkpoint is restored, too."""
     options = {
-        **{f"{what}_strategy": "steps" for what in ("save", "eval")},
-        **{f"{what}_steps": 2 for what in ("save", "eval")},
+        **EVERY_SECOND,
         "num_train_epochs": 3,
         "layer_decay": 0.7,
         "head_lr_multiplier": 3.0,
@@ -291,14 +291,7 @@ def test_resumed_equals_uninterrupted(
     }
     mixed = {**AUGMENTED, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
     recipe = tiny_recipe(folder, tmp_path, model=DEEP, augmentation=mixed, training=options)
-    whole = build_trainer(recipe, tmp_path / "whole")
-    whole.train()
-    killed = build_trainer(recipe, tmp_path / "killed", [KillAt(kill_at)])
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = build_trainer(recipe, tmp_path / "killed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / f"checkpoint-{kill_at // 2 * 2}"))
+    whole, resumed = with_and_without_a_break(partial(build_trainer, recipe), tmp_path, kill_at)
     assert resumed.state.global_step == whole.state.global_step == 15
     assert same(weights_of(resumed.model), weights_of(whole.model))
 

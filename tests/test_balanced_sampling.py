@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_lopsided, tiny_recipe
-from fork_server import ForkServer
-from invariants.test_exactness import (
+from exactness import (
     AUGMENTED,
     DROPOUT,
-    KillAt,
-    Killed,
+    EVERY_SECOND,
     build_trainer,
     same,
     weights_of,
+    with_and_without_a_break,
 )
+from fork_server import ForkServer
 from worlds import Division, Place, Signal, Trained, check_same, finish, said
 
 from vit_finetune.data.augmentation import generator_of
@@ -127,19 +127,13 @@ def balancing(lopsided: Path, tmp_path: Path, name: str, callbacks: Any = None, 
 @pytest.mark.parametrize(("kill_at", "workers"), [(5, 0), (8, 0), (7, 2)])
 def test_resumed_equals_uninterrupted(lopsided: Path, tmp_path: Path, kill_at: int, workers: int) -> None:
     """Epochs of four steps, checkpoints every second: resumed within and between epochs, by loader processes too."""
-    options = {
-        f"{what}_{how}": value
-        for what in ("save", "eval")
-        for how, value in (("strategy", "steps"), ("steps", 2))
-    }
-    whole = balancing(lopsided, tmp_path, "whole", **options)
-    whole.train()
-    killed = balancing(lopsided, tmp_path, "killed", [KillAt(kill_at)], **options)
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = balancing(lopsided, tmp_path, "killed", **options, dataloader_num_workers=workers)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / f"checkpoint-{kill_at // 2 * 2}"))
+    whole, resumed = with_and_without_a_break(
+        lambda name, callbacks=None: balancing(
+            lopsided, tmp_path, name, callbacks, **EVERY_SECOND, dataloader_num_workers=workers
+        ),
+        tmp_path,
+        kill_at,
+    )
     assert resumed.state.global_step == 12
     assert same(weights_of(resumed.model), weights_of(whole.model))
     labels = [label for batch in resumed.get_train_dataloader() for label in batch["labels"].tolist()]

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from conftest import tiny_recipe
-from invariants.test_exactness import KillAt, Killed, build_trainer, same, weights_of
+from exactness import build_trainer, same, weights_of, with_and_without_a_break
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 
 from vit_finetune.recipe import RecipeError, build_recipe
@@ -75,14 +74,9 @@ def test_a_run_ends_early_with_its_best_weights(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("kill_at", [12, 16])
 def test_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, kill_at: int) -> None:
     """Killed with one bad evaluation behind it, or none: what was counted is not forgotten."""
-    whole = trainer_of(folder, tmp_path, "whole")
-    whole.train()
-    killed = trainer_of(folder, tmp_path, "killed", [KillAt(kill_at)])
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = trainer_of(folder, tmp_path, "killed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / f"checkpoint-{kill_at // 5 * 5}"))
+    whole, resumed = with_and_without_a_break(
+        lambda name, callbacks=None: trainer_of(folder, tmp_path, name, callbacks), tmp_path, kill_at
+    )
     assert resumed.state.global_step == whole.state.global_step == 20
     assert same(weights_of(resumed.model), weights_of(whole.model))
     # And resumed where it had ended, it ends at once.

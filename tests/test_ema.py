@@ -14,18 +14,19 @@ import worlds
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import TINY_VIT, draw_folder, tiny_recipe
-from fork_server import QUICK, ForkServer
-from harmed_runs import Place, at, check_same_end, checkpoints, ended, flip, send
-from invariants.test_exactness import (
+from exactness import (
     AUGMENTED,
     DROPOUT,
+    EVERY_SECOND,
     Diary,
-    KillAt,
     Killed,
     build_trainer,
     same,
     weights_of,
+    with_and_without_a_break,
 )
+from fork_server import QUICK, ForkServer
+from harmed_runs import Place, at, check_same_end, checkpoints, ended, flip, send
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -41,11 +42,6 @@ from vit_finetune.training.hardware import estimate_memory
 from vit_finetune.training.trainer import ViTTrainer
 from vit_finetune.training.world import check_undivided
 
-EVERY_SECOND = {
-    f"{what}_{how}": value
-    for what in ("save", "eval")
-    for how, value in (("strategy", "steps"), ("steps", 2))
-}
 MIXED = {**AUGMENTED, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 RESNET = {
     "model_type": "resnet",
@@ -240,16 +236,13 @@ def test_the_best_average_is_what_training_ends_with(folder: Path, tmp_path: Pat
 def test_resumed_equals_uninterrupted(
     folder: Path, tmp_path: Path, kill_at: int, options: dict[str, Any]
 ) -> None:
-    whole = trainer_of(folder, tmp_path / "whole", **options)
-    whole.train()
-    killed = trainer_of(folder, tmp_path / "killed", [KillAt(kill_at)], **options)
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = trainer_of(folder, tmp_path / "killed", **options)
-    newest = tmp_path / "killed" / f"checkpoint-{kill_at // 2 * 2}"
+    whole, resumed = with_and_without_a_break(
+        lambda output_dir, callbacks=None: trainer_of(folder, output_dir, callbacks, **options),
+        tmp_path,
+        kill_at,
+    )
+    newest = tmp_path / "killed" / "checkpoint-15"
     assert not same(load_file(newest / WEIGHTS), load_file(newest / AVERAGED / WEIGHTS))
-    resumed.train(resume_from_checkpoint=str(newest))
     assert same(weights_of(resumed.model), weights_of(whole.model))
     for name in (WEIGHTS, f"{AVERAGED}/{WEIGHTS}"):
         last, other = (tmp_path / which / "checkpoint-15" / name for which in ("whole", "killed"))

@@ -247,7 +247,7 @@ def test_steps_are_those_that_training_takes(tmp_path: Path) -> None:
         {"max_steps": 7},
     ):
         recipe = tiny_recipe(folder, tmp_path / "none", training=training)
-        from invariants.test_exactness import build_trainer
+        from exactness import build_trainer
 
         trainer = build_trainer(recipe, tmp_path / "c")
         expected = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_lopsided, tiny_recipe
-from fork_server import ForkServer
-from invariants.test_exactness import (
+from exactness import (
     AUGMENTED,
     DROPOUT,
     EPSILON,
-    KillAt,
-    Killed,
+    EVERY_SECOND,
     build_trainer,
     same,
     weights_of,
+    with_and_without_a_break,
 )
+from fork_server import ForkServer
 from invariants.test_streams import split_shards
 from shard_files import NAMES
 from sklearn.utils.class_weight import compute_class_weight
@@ -309,19 +309,11 @@ def test_a_batch_of_8_equals_4_times_2_accumulated(lopsided: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(lopsided: Path, tmp_path: Path) -> None:
-    options = {
-        f"{what}_{how}": value
-        for what in ("save", "eval")
-        for how, value in (("strategy", "steps"), ("steps", 2))
-    }
-    whole = weighing(lopsided, tmp_path, "whole", **options)
-    whole.train()
-    killed = weighing(lopsided, tmp_path, "killed", [KillAt(5)], **options)
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = weighing(lopsided, tmp_path, "killed", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
+    whole, resumed = with_and_without_a_break(
+        lambda name, callbacks=None: weighing(lopsided, tmp_path, name, callbacks, **EVERY_SECOND),
+        tmp_path,
+        5,
+    )
     assert same(weights_of(resumed.model), weights_of(whole.model))
 
 

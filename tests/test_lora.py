@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,16 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_VIT, Say, tiny_recipe
+from exactness import (
+    AUGMENTED,
+    EPSILON,
+    EVERY_SECOND,
+    build_trainer,
+    same,
+    weights_of,
+    with_and_without_a_break,
+)
 from fork_server import ForkServer
-from invariants.test_exactness import AUGMENTED, EPSILON, KillAt, Killed, build_trainer, same, weights_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -258,26 +267,18 @@ def test_training_equals_a_plain_loop(folder: Path, pretrained: Path, tmp_path: 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(folder: Path, pretrained: Path, tmp_path: Path) -> None:
     """With an average of the weights, drop path and mixed images; checkpoints hold the adapter alone."""
-    steps = {f"{what}_{how}": value for what in ("save", "eval") for how, value in (("strategy", "steps"), ("steps", 2))}  # fmt: skip
     recipe = lora_recipe(
         folder,
         pretrained,
         tmp_path,
         augmentation={**AUGMENTED, "mixup_alpha": 0.8},
         model={"drop_path_rate": 0.3},
-        training={**steps, "num_train_epochs": 3, "ema_decay": 0.9},
+        training={**EVERY_SECOND, "num_train_epochs": 3, "ema_decay": 0.9},
     )
-    whole = build_trainer(recipe, tmp_path / "whole")
-    whole.train()
-    killed = build_trainer(recipe, tmp_path / "killed", [KillAt(7)])
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = build_trainer(recipe, tmp_path / "killed")
-    checkpoint = tmp_path / "killed" / "checkpoint-6"
+    whole, resumed = with_and_without_a_break(partial(build_trainer, recipe), tmp_path, 7)
+    checkpoint = tmp_path / "killed" / "checkpoint-15"
     assert (checkpoint / WEIGHTS).is_file() and not (checkpoint / "model.safetensors").exists()
     assert (checkpoint / "ema" / WEIGHTS).is_file()
-    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(weights_of(resumed.model), weights_of(whole.model))
     losses = [[e["eval_loss"] for e in one.state.log_history if "eval_loss" in e] for one in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 8

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_recipe
-from invariants.test_exactness import (
+from exactness import (
     AUGMENTED,
     DROPOUT,
     EPSILON,
-    KillAt,
-    Killed,
+    EVERY_SECOND,
     build_trainer,
     same,
     weights_of,
+    with_and_without_a_break,
 )
 from torch.utils.data import DataLoader
 
@@ -143,19 +143,11 @@ def test_training_equals_a_plain_loop(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [5, 8])
 def test_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, kill_at: int) -> None:
-    options = {
-        f"{what}_{how}": value
-        for what in ("save", "eval")
-        for how, value in (("strategy", "steps"), ("steps", 2))
-    }
-    whole = trained_with(folder, tmp_path, "whole", **options)
-    whole.train()
-    killed = trained_with(folder, tmp_path, "killed", [KillAt(kill_at)], **options)
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = trained_with(folder, tmp_path, "killed", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / f"checkpoint-{kill_at // 2 * 2}"))
+    whole, resumed = with_and_without_a_break(
+        lambda name, callbacks=None: trained_with(folder, tmp_path, name, callbacks, **EVERY_SECOND),
+        tmp_path,
+        kill_at,
+    )
     assert same(weights_of(resumed.model), weights_of(whole.model))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
-import torch
 from conftest import TINY_VIT, tiny_recipe
-from invariants.test_exactness import KillAt, Killed, build_trainer, same, weights_of
+from exactness import EVERY_SECOND, build_trainer, same, weights_of, with_and_without_a_break
 from transformers import ViTForImageClassification, pipeline
 
 from vit_finetune.finetuning import finetune
@@ -44,16 +44,8 @@ def modern(folder: Path, output_dir: Path, **training: Any) -> Recipe:
 
 @pytest.mark.parametrize("kill_at", [5, 8])
 def test_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, kill_at: int) -> None:
-    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    recipe = modern(folder, tmp_path, **steps)
-    whole = build_trainer(recipe, tmp_path / "whole")
-    whole.train()
-    killed = build_trainer(recipe, tmp_path / "killed", [KillAt(kill_at)])
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = build_trainer(recipe, tmp_path / "killed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / f"checkpoint-{kill_at // 2 * 2}"))
+    recipe = modern(folder, tmp_path, **EVERY_SECOND)
+    whole, resumed = with_and_without_a_break(partial(build_trainer, recipe), tmp_path, kill_at)
     assert same(weights_of(resumed.model), weights_of(whole.model))
     losses = [
         [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

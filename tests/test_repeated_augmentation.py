@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_recipe
-from invariants.test_exactness import AUGMENTED, DROPOUT, KillAt, Killed, build_trainer, same, weights_of
+from exactness import (
+    AUGMENTED,
+    DROPOUT,
+    EVERY_SECOND,
+    build_trainer,
+    same,
+    weights_of,
+    with_and_without_a_break,
+)
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import EpochSampler, StepBatches, repeat_nearby
@@ -76,33 +85,14 @@ def test_batches_and_processes_divide_the_same_order(batch: int, processes: int)
 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted_with_mixed_images(folder: Path, tmp_path: Path) -> None:
-    steps = {f"{what}_{how}": value for what in ("save", "eval") for how, value in (("strategy", "steps"), ("steps", 2))}  # fmt: skip
     recipe = tiny_recipe(
         folder,
         tmp_path,
         model=DROPOUT,
         augmentation={**AUGMENTED, "repeats": 3, "mixup_alpha": 0.8},
-        training={**steps, "num_train_epochs": 3, "dataloader_num_workers": 0},
+        training={**EVERY_SECOND, "num_train_epochs": 3, "dataloader_num_workers": 0},
     )
-    whole = build_trainer(recipe, tmp_path / "whole")
-    read: list[TrainingIndex] = []
-    original = whole.train_dataset.__class__.__getitem__
-
-    class Noted(whole.train_dataset.__class__):  # type: ignore[name-defined,misc]
-        def __getitem__(self, key: TrainingIndex) -> dict[str, torch.Tensor]:
-            read.append(key)
-            return original(self, key)
-
-    whole.train_dataset.__class__ = Noted
-    whole.train()
-    assert len(read) == 3 * len(whole.train_dataset)
-    assert len({(key.epoch, key.row) for key in read}) == 3 * -(-len(whole.train_dataset) // 3)
-    killed = build_trainer(recipe, tmp_path / "killed", [KillAt(7)])
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = build_trainer(recipe, tmp_path / "killed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-6"))
+    whole, resumed = with_and_without_a_break(partial(build_trainer, recipe), tmp_path, 7)
     assert same(weights_of(resumed.model), weights_of(whole.model))
 
 

@@ -189,7 +189,7 @@ def test_norms_of_other_architectures_are_left_alone() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loader_processes_are_started_as_the_recipe_says(folder: Path, tmp_path: Path, workers: int) -> None:
-    from invariants.test_exactness import build_trainer
+    from exactness import build_trainer
 
     words = {
         "dataloader_num_workers": workers,
@@ -204,7 +204,7 @@ def test_loader_processes_are_started_as_the_recipe_says(folder: Path, tmp_path:
 
 
 def test_a_tracker_that_is_not_installed_is_named(folder: Path, tmp_path: Path) -> None:
-    from invariants.test_exactness import build_trainer
+    from exactness import build_trainer
 
     with pytest.raises(RunError, match="report_to: wandb is not installed"):
         build_trainer(tiny_recipe(folder, tmp_path, training={"report_to": "wandb"}), tmp_path / "c")
@@ -214,7 +214,7 @@ def test_a_tracker_that_is_not_installed_is_named(folder: Path, tmp_path: Path) 
 def test_the_trainer_shares_casts_where_a_cpu_computes_in_bf16(
     folder: Path, tmp_path: Path, bf16: bool
 ) -> None:
-    from invariants.test_exactness import build_trainer
+    from exactness import build_trainer
 
     trainer = build_trainer(tiny_recipe(folder, tmp_path, training={"bf16": bf16}), tmp_path / "run")
     assert any(module._forward_hooks for module in trainer.model.modules()) == bf16

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_recipe
-from invariants.test_exactness import build_trainer
+from exactness import build_trainer
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from vit_finetune.data.splits.carving import load_splits

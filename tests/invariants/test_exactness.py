@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,93 +11,29 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VIT, draw_folder, tiny_recipe
+from exactness import (
+    AUGMENTED,
+    DROPOUT,
+    EPSILON,
+    Diary,
+    build_trainer,
+    same,
+    weights_of,
+    with_and_without_a_break,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, pipeline
+from transformers import Trainer, TrainingArguments, ViTForImageClassification, pipeline
 
 from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import EpochSampler
-from vit_finetune.data.mixing import build_mixing
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.evaluation.scoring import score
 from vit_finetune.finetuning import finetune
-from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_checkpoint, load_model, restore_weights
-from vit_finetune.recipe import EvaluationConfig, ModelConfig, Recipe
-from vit_finetune.training.arguments import build_arguments
-from vit_finetune.training.hardware import choose_hardware
-from vit_finetune.training.loading import choose_loading
-from vit_finetune.training.trainer import ViTTrainer
-
-DROPOUT = {"config": {**TINY_VIT, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.1}}
-EPSILON = 1e-4
-"""Of Adam, where float sums in another order are compared: the keys' biases have a gradient of zero but for rounding,
-and a small epsilon turns that noise into steps."""
-AUGMENTED = {"policy": "trivialaugment", "random_erasing": 0.3}
-
-
-def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> ViTTrainer:
-    """The recipe's trainer, as `finetune` builds it."""
-    splits = load_splits(recipe.data)
-    torch.manual_seed(recipe.training.seed)
-    model, processor = load_model(recipe.model, splits["train"].features["label"].names)
-    adapt(model, recipe.model)
-    hardware = choose_hardware(recipe.training, recipe.model, model)
-    images = TrainingImages(
-        splits["train"],
-        processor,
-        recipe.augmentation,
-        recipe.training.seed,
-        recipe.data.balanced_sampling,
-    )
-    loading = choose_loading(recipe.training, "off", images, model, hardware)
-    return ViTTrainer(
-        model,
-        processor,
-        build_arguments(recipe.training, hardware, loading, output_dir, recipe.evaluation.batch_size),
-        images,
-        EvaluationImages(splits["validation"], processor),
-        compute_metrics=lambda prediction: {
-            "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-        },
-        mixing=build_mixing(recipe.augmentation, model.config.num_labels),
-        callbacks=callbacks,
-    )
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(value.equal(right[name]) for name, value in left.items())
-
-
-class Diary(TrainerCallback):  # type: ignore[misc]
-    """Keeps the live weights of every step."""
-
-    def __init__(self) -> None:
-        self.steps: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **_: Any) -> None:
-        self.steps[state.global_step] = weights_of(model)
-
-
-class Killed(Exception):
-    """Stands for the end of a process in the middle of training."""
-
-
-class KillAt(TrainerCallback):  # type: ignore[misc]
-    """Ends training without ceremony at the start of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise Killed
+from vit_finetune.recipe import EvaluationConfig, ModelConfig
 
 
 @pytest.mark.slow
@@ -128,16 +65,7 @@ def test_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, kill_at: int
         "dataloader_num_workers": workers,
     }
     recipe = tiny_recipe(folder, tmp_path, model=DROPOUT, augmentation=AUGMENTED, training=options)
-    whole = build_trainer(recipe, tmp_path / "whole")
-    whole.train()
-    killed = build_trainer(recipe, tmp_path / "killed", [KillAt(kill_at)])
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)  # another process begins with other random numbers
-    resumed = build_trainer(recipe, tmp_path / "killed")
-    newest = max((tmp_path / "killed").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    assert int(newest.name.split("-")[1]) == kill_at // 2 * 2
-    resumed.train(resume_from_checkpoint=str(newest))
+    whole, resumed = with_and_without_a_break(partial(build_trainer, recipe), tmp_path, kill_at)
     assert resumed.state.global_step == whole.state.global_step == 15
     assert same(weights_of(resumed.model), weights_of(whole.model))
     history = [

@@ -14,12 +14,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import TINY_VIT, tiny_recipe
+from exactness import AUGMENTED, DROPOUT, KillAt, Killed, same, weights_of
 from fork_server import ForkServer
 from safetensors.torch import load_file
 from shard_files import NAMES, draw_png, sample, write_tar, write_tars
 from worlds import finish
 
-from invariants.test_exactness import AUGMENTED, DROPOUT, KillAt, Killed, same, weights_of
 from vit_finetune.checking import check
 from vit_finetune.data.streaming.prepared import PreparedStream, prepare_data
 from vit_finetune.data.transforms import EvaluationImages
