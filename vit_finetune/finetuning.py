@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -25,7 +26,8 @@ from vit_finetune.data.transforms import (
     EvaluationImages,
     check_image_processor,
 )
-from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
+from vit_finetune.evaluation.calibration import HIGHEST, LOWEST, fit_temperature
+from vit_finetune.evaluation.scoring import Scores, compute_label_metrics, save_mistakes, score
 from vit_finetune.files import folder_written_whole, sync, write_json, write_text
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_checkpoint, load_model
@@ -43,7 +45,7 @@ from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.pushing import check_destination, push_to_hub
 from vit_finetune.recipe import Recipe
-from vit_finetune.run import Interrupted, Report, Run, RunError
+from vit_finetune.run import CALIBRATION_KEY, Interrupted, Report, Run, RunError
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
 from vit_finetune.training.hardware import Hardware
@@ -246,12 +248,18 @@ def _save_model(
 def _score(
     run: Run, recipe: Recipe, splits: datasets.DatasetDict, device: torch.device, writes: bool
 ) -> dict[str, Report]:
-    """Scores validation and then test, once, with the weights that were saved; writes the reports."""
+    """Scores validation and then test, once, with the weights that were saved; writes the reports.
+
+    Where the recipe asks for it, a temperature is fitted in between.
+    """
     model, image_processor = load_checkpoint(str(run.model))
     model = model.to(device)
-    reports = {}
+    reports, temperature = {}, None
     for name in [name for name in ("validation", "test") if name in splits]:
         scores = score(model, image_processor, splits[name], name, recipe.evaluation)
+        if recipe.evaluation.calibrate:
+            temperature = temperature or _calibrate(run, scores, writes)
+            scores = scores.calibrated(temperature)
         reports[name] = scores.report
         if writes:
             if name == "test" or "test" not in splits:
@@ -259,6 +267,27 @@ def _score(
                 scores.save_predictions(run.predictions(name))
             write_text(run.report(name), reports[name].to_json())
     return reports
+
+
+def _calibrate(run: Run, validation: Scores, writes: bool) -> float:
+    """The temperature of the validation images, which joins the saved model's config."""
+    temperature = fit_temperature(validation.label_ids, validation.logits)
+    if writes:
+        file = run.model / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) | {CALIBRATION_KEY: temperature}
+        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
+    if temperature in (LOWEST, HIGHEST):
+        if validation.report.accuracy == 1:
+            reason = "all are predicted rightly, so they do not tell how sure is too sure: validate on more"
+        elif temperature == LOWEST:
+            reason = "its logits are very small: train it longer"
+        else:
+            reason = "it is sure of what it gets wrong: train it longer, or look at its mistakes"
+        warn(
+            f"calibration: the validation images would have the model's temperature beyond {temperature:g}, "
+            f"where the search ends; {reason}"
+        )
+    return temperature
 
 
 def _push(run: Run, recipe: Recipe, test_split: datasets.Dataset | None) -> None:
@@ -298,6 +327,13 @@ def _show_reports(reports: dict[str, Report], run: Run) -> None:
             for name, report in reports.items()
         ],
     )
+    for name, report in reports.items():
+        if after := report.calibrated:
+            fitted = ", which the temperature was fitted to" if name == "validation" else ""
+            say(
+                f"calibrated, temperature {after.temperature:.3f}: {name}{fitted}: log loss "
+                f"{report.log_loss:.4f} → {after.log_loss:.4f}, ECE {report.ece:.4f} → {after.ece:.4f}"
+            )
     if "test" not in reports:
         warn("there was no test split: the validation score also chose the weights, so it flatters them")
     say(f"report: {run.report_html}")

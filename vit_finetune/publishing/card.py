@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from vit_finetune.files import write_text
 from vit_finetune.publishing.markdown import MOST_NAMED, build_environment, join_card, join_tags, read_card
@@ -44,7 +39,7 @@ from vit_finetune.publishing.redaction import (
     without_paths,
 )
 from vit_finetune.recipe import HubConfig
-from vit_finetune.run import TOLD, Finding, Report, Run, RunError
+from vit_finetune.run import CALIBRATION_KEY, TOLD, Finding, Report, Run, RunError
 
 _NOWHERE = "path/to/this/folder"
 """What stands in the usage where the model has no id."""
@@ -86,7 +81,7 @@ def publishable_card(run: Run, hub: HubConfig, edited: Sequence[str] = ()) -> st
         return card
     (old, text), (new, _) = written, read_card(card)
     said = f"\n{_edited_warning(edited)}\n" if edited else ""
-    text = text.replace(f'model="{_NOWHERE}"', f'model="{hub.model_id}"')  # which nobody knew before
+    text = text.replace(f'"{_NOWHERE}"', f'"{hub.model_id}"')  # which nobody knew before
     return join_card(old | new | {"tags": join_tags(old, new)}, said + text)
 
 
@@ -128,11 +123,7 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         record = replace(record, recipe=record.recipe | {"hub": hub.model_dump()})
     environment = build_environment()
     environment.filters.update(
-        percent=percent,
-        interval=interval,
-        duration=duration,
-        memory=memory,
-        pixels=pixels,
+        percent=percent, interval=interval, duration=duration, memory=memory, pixels=pixels
     )
     report = record.headline
     # Without `hub:`, so that who repeats it does not push to this place, or read of another one.
@@ -153,6 +144,7 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         dataset=_dataset_id(record),
         scores=score_rows(record),
         facts=_facts(record),
+        calibrated_usage=fenced(_calibrated_usage(record), "python"),
         usage=fenced(_usage(record), "python"),
         recipe=fenced(own, "yaml") if set_keys else None,
         command=fenced(without_paths(_command(record)), "bash"),
@@ -180,14 +172,31 @@ def _model_name(record: Record) -> str:
     return one_line(str(model_id).rpartition("/")[2] if model_id else record.name)
 
 
-def _usage(record: Record) -> str:
+def _published(record: Record) -> tuple[str, str]:
+    """What to call the model in code, and the argument that names the branch where there is one."""
     model_id, revision = record.setting("hub", "model_id"), record.setting("hub", "revision")
-    pinned = f', revision="{revision}"' if model_id and revision else ""
-    name = model_id or _NOWHERE
+    return model_id or _NOWHERE, f', revision="{revision}"' if model_id and revision else ""
+
+
+def _usage(record: Record) -> str:
+    name, pinned = _published(record)
     return (
         "from transformers import pipeline\n\n"
         f'classifier = pipeline("image-classification", model="{name}"{pinned})\n'
         'print(classifier("photo.jpg"))'
+    )
+
+
+def _calibrated_usage(record: Record) -> str:
+    name, pinned = _published(record)
+    return (
+        "from PIL import Image\n"
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
+        f'name = "{name}"\n'
+        f"model = AutoModelForImageClassification.from_pretrained(name{pinned})\n"
+        f"image_processor = AutoImageProcessor.from_pretrained(name{pinned})\n"
+        'inputs = image_processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
+        f"probabilities = (model(**inputs).logits / model.config.{CALIBRATION_KEY}).softmax(dim=-1)"
     )
 
 
@@ -283,7 +292,7 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
         ("f1", f"Macro F1{what}", report.macro_f1, {"average": "macro"}),
         ("balanced_accuracy", f"Balanced accuracy{what}", report.balanced_accuracy, {}),
         ("log_loss", f"Log loss (nats){what}", report.log_loss, {}),
-        ("ece", f"Expected calibration error{what}", report.ece, {"bins": bin_count(report)}),
+        ("ece", f"Expected calibration error{what}", report.ece, {"bins": bin_count(report.calibration)}),
     ]
     if report.top_5_accuracy is not None:
         scores.insert(1, ("top_5_accuracy", f"Top-5 accuracy{what}", report.top_5_accuracy, {"k": 5}))
