@@ -48,6 +48,7 @@ from vit_finetune.recipe import Recipe
 from vit_finetune.run import CALIBRATION_KEY, Interrupted, Report, Run, RunError
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
+from vit_finetune.training.distillation import Teacher, load_teacher
 from vit_finetune.training.hardware import Hardware
 from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
@@ -92,15 +93,17 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
                 "hub.push publishes tested models, and there is no test split: set data.test_fraction"
             )
         classes = plan_classes(recipe, data)
+        teacher = load_teacher(recipe.training, data.labels, before)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
-        hardware = plan_hardware(recipe, model, world, before)
+        hardware = plan_hardware(recipe, model, world, before, teacher)
         hardware.choices += classes
         start = _Start(
-            recipe, run, data, model, image_processor, hardware, world, stop, held, command, before, resume
-        )
+            recipe, run, data, model, image_processor, teacher, hardware, world, stop, held, command, before,
+            resume,
+        )  # fmt: skip
         ended = _fit_head(start) if recipe.model.method == "linear_probe" else _train(start)
         if world.is_main:
             _save_model(run, model, ended.weights, image_processor)
@@ -131,6 +134,7 @@ class _Start:
     data: PreparedData
     model: PreTrainedModel
     image_processor: BaseImageProcessor
+    teacher: Teacher | None
     hardware: Hardware
     world: World
     stop: StopOnSignal
@@ -162,7 +166,7 @@ def _train(start: _Start) -> _End:
         data, image_processor, recipe.augmentation, recipe.training.seed, recipe.data.balanced_sampling
     )
     loading = plan_loading(recipe, data, train, model, hardware, world, before)
-    show_plan(recipe, data, model, hardware, world)
+    show_plan(recipe, data, model, hardware, world, start.teacher)
     warn_of_findings(data.findings.findings)
     if loading.cache:
         with world.one_per_machine_first():
@@ -174,6 +178,8 @@ def _train(start: _Start) -> _End:
         data, image_processor, recipe.augmentation, recipe.training, hardware, loading, world, before
     )
     provenance = describe_start(recipe, data, model, hardware, world.size, start.command, before)
+    if start.teacher:
+        provenance["teacher"] = start.teacher.describe()
     if world.is_main:
         open_run(run, recipe, data, train, provenance, start.held, new=not start.resume)
     check_machines_agree(world, run, provenance)
@@ -185,6 +191,7 @@ def _train(start: _Start) -> _End:
         EvaluationImages(data.splits["validation"], image_processor),
         compute_metrics=_validation_metrics,
         mixing=build_mixing(recipe.augmentation, len(data.labels)),
+        teacher=start.teacher,
         stop=start.stop,
         callbacks=[display := ProgressDisplay(provenance["images_per_step"])],
     )
