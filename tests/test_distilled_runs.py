@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,15 @@ from test_distillation import MIXED, OTHER, write_teacher
 from test_launching import CONFIGS, launch, path_of_package, write_recipe
 from worlds import Division, Place, Trained, check_same, draw_photos, finish
 
+from vit_finetune.checking import check
 from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.finetuning import finetune
+from vit_finetune.model.loading import load_model
 from vit_finetune.publishing.card import build_card
 from vit_finetune.publishing.report import build_report
 from vit_finetune.recipe import build_recipe
 from vit_finetune.run import Run, RunError
+from vit_finetune.training.hardware import choose_hardware
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,26 @@ def test_a_run_names_its_teacher_and_publishes_a_stock_model(
     before = (run.model / "model.safetensors").read_bytes()
     finetune(recipe, resume=True)
     assert (run.model / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_plan_counts_its_weights(folder: Path, tmp_path: Path, teacher: Path) -> None:
+    """In the memory that is told, and in what an automatic batch size goes by."""
+    plain = tiny_recipe(folder, tmp_path / "run", training={"per_device_train_batch_size": "auto"})
+    taught = build_recipe(yaml.safe_load(plain.to_yaml()) | {
+        "training": {**plain.model_dump(exclude_unset=True)["training"], "teacher": str(teacher)}
+    })  # fmt: skip
+    facts = [check(recipe, tmp_path / "checked") for recipe in (plain, taught)]
+    weights = 4 * sum(value.numel() for value in load_file(teacher / "model.safetensors").values())
+    assert facts[1]["memory_bytes"] == facts[0]["memory_bytes"] + weights
+    assert [choice["value"] for choice in facts[1]["choices"] if choice["name"] == "teacher"] == [
+        str(teacher)
+    ]
+    assert not [choice for choice in facts[0]["choices"] if choice["name"] == "teacher"]
+    model, _ = load_model(plain.model, ["a", "b"])
+    huge = SimpleNamespace(parameters=lambda: [torch.empty(10**13, device="meta")])  # 40 TB
+    chosen = [choose_hardware(plain.training, plain.model, model, teacher=one) for one in (None, huge)]
+    assert chosen[0].batch_size > 1 == chosen[1].batch_size
 
 
 @pytest.mark.slow
