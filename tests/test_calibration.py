@@ -34,9 +34,9 @@ from vit_finetune.evaluation.scoring import evaluate, own_split
 from vit_finetune.files import write_text
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_checkpoint, load_model
-from vit_finetune.publishing.card import build_card
+from vit_finetune.publishing.card import build_card, publishable_card
 from vit_finetune.publishing.report import build_report
-from vit_finetune.recipe import EvaluationConfig, ModelConfig
+from vit_finetune.recipe import EvaluationConfig, HubConfig, ModelConfig
 from vit_finetune.run import CALIBRATION_KEY, Report, Run, RunError
 
 CALIBRATED = {"calibrate": True}
@@ -194,7 +194,7 @@ def test_all_but_the_key_is_as_without(calibrated: Run, tmp_path: Path) -> None:
         report = Report.load(calibrated.report(split)).model_copy(update={"calibrated": None})
         assert plain.report(split).read_text() == report.to_json()
     for paper in (build_card(plain), build_report(plain)):
-        assert "emperature" not in paper and "alibrated:" not in paper
+        assert "the temperature" not in paper and "Log loss, calibrated" not in paper
     classify = pipeline("image-classification", model=str(calibrated.model), device="cpu")
     for row in pyarrow.parquet.read_table(calibrated.predictions("test")).to_pylist():
         answer = {item["label"]: item["score"] for item in classify(str(Path(data) / row["id"]), top_k=3)}
@@ -380,7 +380,11 @@ def test_report_and_card_tell_before_and_after(tmp_path: Path) -> None:
     assert f"| Log loss, calibrated (nats) | {after.log_loss:.4f} |" in card
     assert f"model.config.{CALIBRATION_KEY}" in card and "flatter it" in card
     for paper in plain:
-        assert "emperature" not in paper and "Log loss, calibrated" not in paper
+        assert "the temperature" not in paper and "Log loss, calibrated" not in paper
+    # Where somebody wrote into the card before it was known where it goes, the code is told that, too.
+    write_text(run.model / "README.md", card.replace("# photos", "# My pets"))
+    published = publishable_card(run, HubConfig(model_id="ann/pets"))
+    assert 'name = "ann/pets"' in published and "path/to/this/folder" not in published
 
 
 @pytest.mark.slow
