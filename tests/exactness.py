@@ -19,6 +19,7 @@ from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import Recipe
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.checkpoints import list_checkpoints
+from vit_finetune.training.distillation import load_teacher
 from vit_finetune.training.hardware import choose_hardware
 from vit_finetune.training.loading import choose_loading
 from vit_finetune.training.trainer import ViTTrainer
@@ -55,6 +56,7 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
             "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
         },
         mixing=build_mixing(recipe.augmentation, model.config.num_labels),
+        teacher=load_teacher(recipe.training, splits["train"].features["label"].names),
         callbacks=callbacks,
     )
 

@@ -22,7 +22,7 @@ from vit_finetune.evaluation.metrics import (
     log_loss,
 )
 from vit_finetune.evaluation.prediction import predict
-from vit_finetune.evaluation.scoring import build_report, evaluate, predict_probabilities
+from vit_finetune.evaluation.scoring import build_report, evaluate, predict_logits
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import DataConfig, ModelConfig
 from vit_finetune.run import RunError, wilson_interval
@@ -173,5 +173,5 @@ def test_loader_processes_change_nothing(folder: Path) -> None:
     config = DataConfig(path=str(folder), test_fraction=0, validation_fraction=0.4)
     model, processor = load_model(ModelConfig(config=TINY_VIT), ["blue", "green", "red"])
     images = EvaluationImages(load_splits(config)["validation"], processor)
-    rows = [predict_probabilities(model, processor, images, 4, "scoring", workers) for workers in (0, 2)]
+    rows = [predict_logits(model, processor, images, 4, "scoring", workers) for workers in (0, 2)]
     np.testing.assert_array_equal(*rows)

@@ -29,6 +29,7 @@ from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.pushing import check_destination
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
+from vit_finetune.training.distillation import load_teacher
 from vit_finetune.training.hardware import Hardware
 from vit_finetune.training.images import first_images
 
@@ -66,10 +67,11 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             data = prepare_splits(recipe.data, checkup)
             warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         classes = plan_classes(recipe, data)
+        teacher = load_teacher(recipe.training, data.labels)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
-        hardware = plan_hardware(recipe, model, world)
+        hardware = plan_hardware(recipe, model, world, teacher=teacher)
         hardware.choices += classes
         if recipe.model.method == "linear_probe":
             check_probe(recipe, model, world.size)
@@ -77,7 +79,8 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         else:
             train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
             plan_loading(recipe, data, train, model, hardware, world)
-            facts = found | show_plan(recipe, data, model, hardware, world) | _show_batch(train, hardware)
+            plan = show_plan(recipe, data, model, hardware, world, teacher)
+            facts = found | plan | _show_batch(train, hardware)
         _show_classes(data)
     return facts
 

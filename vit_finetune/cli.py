@@ -42,6 +42,9 @@ Target = Annotated[
     str,
     typer.Argument(metavar="RUN|MODEL", help="A run or model folder, or a Hub id: owner/name[@revision]."),
 ]
+Calibrated = Annotated[
+    bool, typer.Option("--calibrated", help="With the temperature that evaluation.calibrate fitted.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -97,6 +100,7 @@ def evaluate(
     target: Target,
     data: Annotated[str | None, typer.Option(help="Images to score on; a run's own if left out.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    calibrated: Calibrated = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -105,7 +109,7 @@ def evaluate(
     def work() -> None:
         from vit_finetune.evaluation.scoring import evaluate
 
-        report = evaluate(target, data, split)
+        report = evaluate(target, data, split, calibrated=calibrated)
         if as_json:
             _print_json(json.loads(report.to_json()))
             return
@@ -118,6 +122,11 @@ def evaluate(
             ["log loss", f"{report.log_loss:.4f}"],
             ["calibration error", f"{report.ece:.4f}"],
         ]
+        if after := report.calibrated:
+            rows += [
+                [f"log loss at temperature {after.temperature:.3f}", f"{after.log_loss:.4f}"],
+                [f"calibration error at temperature {after.temperature:.3f}", f"{after.ece:.4f}"],
+            ]
         show_table(f"{target} on {data or 'its own images'}: {report.split}", ["score", ""], rows)
 
     _guarded(work, debug)
@@ -128,6 +137,7 @@ def predict(
     target: Target,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER", help="Images to classify.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each.")] = 5,
+    calibrated: Calibrated = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -136,7 +146,7 @@ def predict(
     def work() -> None:
         from vit_finetune.evaluation.prediction import predict
 
-        found = predict(target, images, top)
+        found = predict(target, images, top, calibrated)
         if as_json:
             _print_json(found)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -27,7 +28,8 @@ from vit_finetune.data.transforms import (
     EvaluationImages,
     check_image_processor,
 )
-from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
+from vit_finetune.evaluation.calibration import HIGHEST, LOWEST, fit_temperature
+from vit_finetune.evaluation.scoring import Scores, compute_label_metrics, save_mistakes, score
 from vit_finetune.files import folder_written_whole, sync, write_json, write_text
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_checkpoint, load_model
@@ -47,9 +49,10 @@ from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.pushing import check_destination, push_to_hub
 from vit_finetune.recipe import ModelConfig, Recipe
-from vit_finetune.run import Interrupted, Report, Run, RunError
+from vit_finetune.run import CALIBRATION_KEY, Interrupted, Report, Run, RunError
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
+from vit_finetune.training.distillation import Teacher, load_teacher
 from vit_finetune.training.hardware import Hardware
 from vit_finetune.training.images import add_unreadable, build_batches, first_images
 from vit_finetune.training.provenance import describe_start, describe_training
@@ -95,15 +98,17 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
                 "hub.push publishes tested models, and there is no test split: set data.test_fraction"
             )
         classes = plan_classes(recipe, data)
+        teacher = load_teacher(recipe.training, data.labels, before)
         set_seed(recipe.training.seed)
         model, image_processor = load_model(recipe.model, data.labels)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
-        hardware = plan_hardware(recipe, model, world, before)
+        hardware = plan_hardware(recipe, model, world, before, teacher)
         hardware.choices += classes
         start = _Start(
-            recipe, run, data, model, image_processor, hardware, world, stop, held, command, before, resume
-        )
+            recipe, run, data, model, image_processor, teacher, hardware, world, stop, held, command, before,
+            resume,
+        )  # fmt: skip
         ended = _fit_head(start) if recipe.model.method == "linear_probe" else _train(start)
         if world.is_main:
             _save_model(recipe.model, run, model, ended.weights, image_processor)
@@ -134,6 +139,7 @@ class _Start:
     data: PreparedData
     model: PreTrainedModel
     image_processor: BaseImageProcessor
+    teacher: Teacher | None
     hardware: Hardware
     world: World
     stop: StopOnSignal
@@ -168,7 +174,7 @@ def _train(start: _Start) -> _End:
         data, image_processor, recipe.augmentation, recipe.training.seed, recipe.data.balanced_sampling
     )
     loading = plan_loading(recipe, data, train, model, hardware, world, before)
-    show_plan(recipe, data, model, hardware, world)
+    show_plan(recipe, data, model, hardware, world, start.teacher)
     warn_of_findings(data.findings.findings)
     if loading.cache:
         with world.one_per_machine_first():
@@ -180,6 +186,8 @@ def _train(start: _Start) -> _End:
         data, image_processor, recipe.augmentation, recipe.training, hardware, loading, world, before
     )
     provenance = describe_start(recipe, data, model, hardware, world.size, start.command, before)
+    if start.teacher:
+        provenance["teacher"] = start.teacher.describe()
     if world.is_main:
         open_run(run, recipe, data, train, provenance, start.held, new=not start.resume)
     check_machines_agree(world, run, provenance)
@@ -191,6 +199,7 @@ def _train(start: _Start) -> _End:
         EvaluationImages(data.splits["validation"], image_processor),
         compute_metrics=_validation_metrics,
         mixing=build_mixing(recipe.augmentation, len(data.labels)),
+        teacher=start.teacher,
         stop=start.stop,
         callbacks=[display := ProgressDisplay(provenance["images_per_step"])],
     )
@@ -274,12 +283,18 @@ def _replaced(folder: Path) -> Iterator[Path]:
 def _score(
     run: Run, recipe: Recipe, splits: datasets.DatasetDict, device: torch.device, writes: bool
 ) -> dict[str, Report]:
-    """Scores validation and then test, once, with the weights that were saved; writes the reports."""
+    """Scores validation and then test, once, with the weights that were saved; writes the reports.
+
+    Where the recipe asks for it, a temperature is fitted in between.
+    """
     model, image_processor = load_checkpoint(str(run.model))
     model = model.to(device)
-    reports = {}
+    reports, temperature = {}, None
     for name in [name for name in ("validation", "test") if name in splits]:
         scores = score(model, image_processor, splits[name], name, recipe.evaluation)
+        if recipe.evaluation.calibrate:
+            temperature = temperature or _calibrate(run, scores, writes)
+            scores = scores.calibrated(temperature)
         reports[name] = scores.report
         if writes:
             if name == "test" or "test" not in splits:
@@ -287,6 +302,27 @@ def _score(
                 scores.save_predictions(run.predictions(name))
             write_text(run.report(name), reports[name].to_json())
     return reports
+
+
+def _calibrate(run: Run, validation: Scores, writes: bool) -> float:
+    """The temperature of the validation images, which joins the saved model's config."""
+    temperature = fit_temperature(validation.label_ids, validation.logits)
+    if writes:
+        file = run.model / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) | {CALIBRATION_KEY: temperature}
+        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
+    if temperature in (LOWEST, HIGHEST):
+        if validation.report.accuracy == 1:
+            reason = "all are predicted rightly, so they do not tell how sure is too sure: validate on more"
+        elif temperature == LOWEST:
+            reason = "its logits are very small: train it longer"
+        else:
+            reason = "it is sure of what it gets wrong: train it longer, or look at its mistakes"
+        warn(
+            f"calibration: the validation images would have the model's temperature beyond {temperature:g}, "
+            f"where the search ends; {reason}"
+        )
+    return temperature
 
 
 def _push(run: Run, recipe: Recipe, test_split: datasets.Dataset | None) -> None:
@@ -326,6 +362,13 @@ def _show_reports(reports: dict[str, Report], run: Run) -> None:
             for name, report in reports.items()
         ],
     )
+    for name, report in reports.items():
+        if after := report.calibrated:
+            fitted = ", which the temperature was fitted to" if name == "validation" else ""
+            say(
+                f"calibrated, temperature {after.temperature:.3f}: {name}{fitted}: log loss "
+                f"{report.log_loss:.4f} → {after.log_loss:.4f}, ECE {report.ece:.4f} → {after.ece:.4f}"
+            )
     if "test" not in reports:
         warn("there was no test split: the validation score also chose the weights, so it flatters them")
     say(f"report: {run.report_html}")

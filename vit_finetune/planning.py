@@ -24,6 +24,7 @@ from vit_finetune.model.lora import check_targets, import_peft
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
 from vit_finetune.training.checkpoints import list_checkpoints
+from vit_finetune.training.distillation import Teacher, describe_teacher
 from vit_finetune.training.hardware import Choice, Hardware, choose_hardware, estimate_memory
 from vit_finetune.training.images import keep_workers
 from vit_finetune.training.imbalance import describe_classes
@@ -86,16 +87,30 @@ def plan_classes(recipe: Recipe, data: PreparedData) -> list[Choice]:
 
 
 def plan_hardware(
-    recipe: Recipe, model: PreTrainedModel, world: World, before: dict[str, Any] | None = None
+    recipe: Recipe,
+    model: PreTrainedModel,
+    world: World,
+    before: dict[str, Any] | None = None,
+    teacher: Teacher | None = None,
 ) -> Hardware:
     """What to use of the machine, the same in every process."""
     is_probe = recipe.model.method == "linear_probe"  # which has no batches, and nothing that it went on from
     hardware: Hardware = world.from_main(
-        choose_hardware(recipe.training, recipe.model, model, None if is_probe else before, world.size)
+        choose_hardware(
+            recipe.training,
+            recipe.model,
+            model,
+            None if is_probe else before,
+            world.size,
+            teacher and teacher.model,
+        )
     )
+    hardware.choices += describe_teacher(teacher, recipe.training)
     if is_probe:
         hardware.choices = [choice for choice in hardware.choices if choice.name != "batch"]
     model.set_attn_implementation(hardware.attn_implementation)
+    if teacher and hardware.attn_implementation == "eager":  # which all have
+        teacher.model.set_attn_implementation("eager")
     return hardware
 
 
@@ -123,7 +138,12 @@ def plan_loading(
 
 
 def show_plan(
-    recipe: Recipe, data: PreparedData, model: PreTrainedModel, hardware: Hardware, world: World
+    recipe: Recipe,
+    data: PreparedData,
+    model: PreTrainedModel,
+    hardware: Hardware,
+    world: World,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Says what is about to be done, and answers it as facts by name."""
     facts = _show_data_and_model(recipe, data, model, hardware, world)
@@ -141,7 +161,7 @@ def show_plan(
     steps_per_epoch = max(1, -(-batches // accumulation))
     if steps <= 0:
         steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
-    fixed, each = estimate_memory(model, averages=recipe.training.ema_decay > 0)
+    fixed, each = estimate_memory(model, recipe.training.ema_decay > 0, teacher and teacher.model)
     memory = fixed + each * hardware.batch_size
     say(
         f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "

@@ -61,7 +61,7 @@ class RecipeError(ValueError):
 PROBED_WITHOUT = {
     "augmentation": ("mixup_alpha", "cutmix_alpha"),
     "data": ("balanced_sampling", "streaming"),
-    "training": ("ema_decay", "class_weights", "focal_gamma", "early_stopping_patience"),
+    "training": ("ema_decay", "class_weights", "focal_gamma", "early_stopping_patience", "teacher"),
 }
 """Keys, by section, that `model.method: linear_probe` does not go with."""
 

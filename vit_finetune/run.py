@@ -70,6 +70,24 @@ class CalibrationBin(BaseModel):
     accuracy: float
 
 
+CALIBRATION_KEY = "calibration_temperature"
+"""Where a model's config.json holds its temperature; transformers keeps the key and gives it no meaning."""
+
+
+class Calibrated(BaseModel):
+    """A split's log loss (nats) and calibration with the logits divided by a temperature.
+
+    What is predicted, and so every score of it, stays.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    temperature: float
+    """Of least log loss on the validation split (Guo et al., 2017)."""
+    log_loss: float
+    ece: float
+    calibration: list[CalibrationBin]
+
+
 class Mistake(BaseModel):
     """An image that the model got wrong: how sure it was of the wrong class."""
 
@@ -105,6 +123,8 @@ class Report(BaseModel):
     """Class names in id order."""
     calibration: list[CalibrationBin]
     worst_mistakes: list[Mistake] = []
+    calibrated: Calibrated | None = None
+    """With the temperature that is published; all else is without, as a pipeline gives it."""
 
     def to_json(self) -> str:
         """The report as JSON, without what does not apply."""

@@ -274,6 +274,9 @@ class EvaluationConfig(Section):
     """Images per device and step when scoring; scores do not depend on it."""
     num_mistakes: Annotated[int, Field(ge=0, le=200)] = 24
     """How many of the worst mistakes the report shows."""
+    calibrate: bool = False
+    """Fit a temperature to the validation images (Guo et al., 2017) and publish it in config.json as
+    `calibration_temperature`; `predict --calibrated` and `evaluate --calibrated` divide the logits by it."""
 
 
 _NO_REF = re.compile(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from vit_finetune.sections import Fraction, Positive, Section
+from vit_finetune.sections import Fraction, Positive, Probability, Section
 from vit_finetune.trainer_fields import read_trainer_fields
 
 
@@ -44,6 +44,14 @@ class TrainingConfig(Section):
     focal_gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """γ of the focal loss (Lin et al., 2017): what is right already counts less, by (1 - p)^γ, p being the
     probability that the model gives to the class; 0 is off, 2 is the paper's."""
+    teacher: str | None = None
+    """A checkpoint of the same classes, a folder or a Hub id (`owner/name@revision`), that the model learns
+    from beside the labels (distillation; Hinton et al., 2015); `null` is off."""
+    distillation_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    """T: the logits of both are divided by it before they are compared; higher shows more of what the teacher
+    thinks of the other classes."""
+    distillation_weight: Probability = 0.5
+    """α, share of the teacher in the loss: (1 - α) · cross-entropy + α · T² · KL(teacher ‖ student)."""
     per_device_train_batch_size: Positive | Literal["auto"] = 32
     gradient_accumulation_steps: Positive = 1
     bf16: bool | Literal["auto"] = "auto"
@@ -103,6 +111,16 @@ class TrainingConfig(Section):
                 "early_stopping_patience ends training some evaluations after the best one, whose weights "
                 "are then published: it needs eval_strategy (epoch or steps) and load_best_model_at_end: true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _distils_from_a_teacher(self) -> TrainingConfig:
+        for name in ("distillation_temperature", "distillation_weight"):
+            if not self.teacher and getattr(self, name) != TrainingConfig.model_fields[name].default:
+                raise ValueError(
+                    f"{name} is about a teacher, and there is none: write teacher (a checkpoint of the same "
+                    f"classes), or leave it out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,8 @@ from transformers import BaseImageProcessor
 from vit_finetune.data.images import UnreadableImage, decode_image
 from vit_finetune.data.sources.folders import is_image_name, walk_files
 from vit_finetune.data.transforms import resize
-from vit_finetune.evaluation.scoring import best_device, predict_probabilities
+from vit_finetune.evaluation.calibration import temper, temperature_of
+from vit_finetune.evaluation.scoring import best_device, predict_logits
 from vit_finetune.model.loading import load_checkpoint
 from vit_finetune.run import Run, RunError
 
@@ -38,20 +39,23 @@ class _Files(Dataset[dict[str, Any]]):
             raise RunError(f"{path}: cannot be opened: {error.strerror}") from None
 
 
-def predict(target: str | Path, images: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
+def predict(
+    target: str | Path, images: Sequence[str | Path], top: int = 5, calibrated: bool = False
+) -> list[dict[str, Any]]:
     """The most probable classes of images.
 
     Args:
         target: a run folder, a model folder or a Hub id.
         images: image files, and folders whose image files are taken, however deep.
         top: how many classes for each.
+        calibrated: whether the logits are divided by the model's temperature.
 
     Returns:
         For each image `path`, and `predictions`: `label` and `probability` in [0, 1], the most probable
         first.
 
     Raises:
-        RunError: no model there, or an image that is missing or cannot be read.
+        RunError: no model there, or it has no temperature; or an image that is missing or cannot be read.
     """
     paths: list[Path] = []
     for image in map(Path, images):
@@ -66,9 +70,14 @@ def predict(target: str | Path, images: Sequence[str | Path], top: int = 5) -> l
             raise RunError(f"{image}: no such file or folder")
     run = Run(target)
     model, image_processor = load_checkpoint(str(run.model if run.exists() else target))
+    temperature = temperature_of(model.config, str(target)) if calibrated else None
     model = model.to(best_device())
     files = _Files(paths, image_processor)
-    rows = torch.from_numpy(predict_probabilities(model, image_processor, files, 32, "predicting"))
+    logits = predict_logits(model, image_processor, files, 32, "predicting")
+    if temperature:
+        rows = torch.from_numpy(temper(logits, temperature))
+    else:
+        rows = torch.from_numpy(logits).softmax(dim=-1)
     values, classes = rows.topk(min(top, rows.shape[1]), dim=1)  # (images, top)
     return [
         {

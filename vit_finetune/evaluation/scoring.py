@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.prepared import fingerprint, pinned
 from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
+from vit_finetune.evaluation.calibration import measure_calibrated, temperature_of
 from vit_finetune.evaluation.metrics import (
     build_metrics,
     calibration_bins,
@@ -56,6 +57,13 @@ class Scores:
     """int64 `(images,)`."""
     probabilities: np.ndarray
     """float32 `(images, classes)`, in label order."""
+    logits: np.ndarray
+    """The same before softmax."""
+
+    def calibrated(self, temperature: float) -> Scores:
+        """The same with a report that also tells what dividing the logits by a temperature makes of them."""
+        measured = measure_calibrated(self.label_ids, self.logits, temperature)
+        return replace(self, report=self.report.model_copy(update={"calibrated": measured}))
 
     def save_predictions(self, path: Path) -> None:
         """Writes id, label, predicted and probabilities as Parquet."""
@@ -93,16 +101,15 @@ def score(
     images = EvaluationImages(split, image_processor)
     # On a CPU loader processes would take the cores that compute.
     workers = 0 if model.device.type == "cpu" else min(8, max(1, cores_here() - 1))
-    probabilities = predict_probabilities(
-        model, image_processor, images, config.batch_size, f"scoring {name}", workers
-    )
+    logits = predict_logits(model, image_processor, images, config.batch_size, f"scoring {name}", workers)
+    probabilities = torch.from_numpy(logits).softmax(dim=-1).numpy()
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     ids, labels = column_values(split, "id"), np.asarray(images.labels)
     report = build_report(name, ids, labels, probabilities, names, config.num_mistakes)
-    return Scores(report, ids, labels, probabilities)
+    return Scores(report, ids, labels, probabilities, logits)
 
 
-def predict_probabilities(
+def predict_logits(
     model: PreTrainedModel,
     image_processor: BaseImageProcessor,
     images: Dataset[dict[str, Any]],
@@ -110,7 +117,7 @@ def predict_probabilities(
     description: str,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """Class probabilities, float32 `(images, classes)`, in the order of the images.
+    """A model's answers before softmax, float32 `(images, classes)`, in the order of the images.
 
     Under a launcher every process computes a share and all get the whole.
 
@@ -134,12 +141,13 @@ def predict_probabilities(
     with scoring_mode(model), progress(description, len(share), "images") as advance:
         for batch in loader:
             pixel_values = normalize(batch["pixel_values"].to(model.device), image_processor)
-            mine.append(model(pixel_values=pixel_values).logits.float().softmax(dim=-1).cpu().numpy())
+            mine.append(model(pixel_values=pixel_values).logits.float().cpu().numpy())
             advance(len(pixel_values))
     rows = np.concatenate(mine) if mine else np.zeros((0, model.config.num_labels), np.float32)
-    if np.isnan(rows).any():
+    if not np.isfinite(rows).all():
         raise RunError(
-            "the model answers with NaN: its weights are broken. Train again with a lower learning rate"
+            "the model answers with NaN or infinity: its weights are broken. Train again with a lower "
+            "learning rate"
         )
     if world == 1:
         return rows
@@ -238,7 +246,11 @@ def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> Report:
 
 
 def evaluate(
-    target: str | Path, data: str | None = None, split: str = "test", config: EvaluationConfig | None = None
+    target: str | Path,
+    data: str | None = None,
+    split: str = "test",
+    config: EvaluationConfig | None = None,
+    calibrated: bool = False,
 ) -> Report:
     """A fresh report of a finished run or a saved model.
 
@@ -247,9 +259,10 @@ def evaluate(
         data: a data source as in `data.path`; the run's own if None.
         split: train, validation or test; a source without splits is scored whole, as `all`.
         config: how to score.
+        calibrated: whether the report also tells how calibrated the model is with its temperature.
 
     Raises:
-        RunError: no model there, no such split, or classes that are not the model's.
+        RunError: no model there, no such split, classes that are not the model's, or no temperature.
     """
     run = Run(target)
     if run.exists():
@@ -259,6 +272,7 @@ def evaluate(
     else:
         own = None
         model, image_processor = load_checkpoint(str(target))
+    temperature = temperature_of(model.config, str(target)) if calibrated else None
     model = model.to(best_device())
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
     if data is None:
@@ -274,9 +288,8 @@ def evaluate(
         split = ALL if list(splits) == [ALL] else split
         images = _take(splits, split, data)
     _check_classes(labels, images.features["label"].names, data or str(target))
-    return score(
-        model, image_processor, with_labels(images, labels), split, config or EvaluationConfig()
-    ).report
+    scores = score(model, image_processor, with_labels(images, labels), split, config or EvaluationConfig())
+    return (scores.calibrated(temperature) if temperature else scores).report
 
 
 def own_split(run: Run, split: str) -> datasets.Dataset:

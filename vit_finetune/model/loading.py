@@ -40,7 +40,7 @@ from vit_finetune.model.processing import (
 )
 from vit_finetune.model.resolution import check_divides, resize_model
 from vit_finetune.recipe import ModelConfig
-from vit_finetune.run import RunError
+from vit_finetune.run import CALIBRATION_KEY, RunError
 
 HEADS = re.compile(r"(^|\.)(classifier|cls_classifier|distillation_classifier|head|fc|pooler)\.")
 """Weights that only a checkpoint may have: its old head, and the pooler that classifiers lack."""
@@ -75,6 +75,7 @@ def load_model(
         _check_weights(path)
         target = copy.deepcopy(pretrained)
         _set_labels(target, labels)
+        target.__dict__.pop(CALIBRATION_KEY, None)  # of the weights as they were
         own_head = dict(pretrained.id2label) == dict(target.id2label)
         model, info = _from_pretrained(_class_of(pretrained), path, target, attn_implementation)
         _check_fit(path, model, info, head_may_be_new=not own_head)

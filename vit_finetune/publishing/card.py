@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from vit_finetune.files import write_text
 from vit_finetune.publishing.markdown import MOST_NAMED, build_environment, join_card, join_tags, read_card
@@ -25,6 +19,7 @@ from vit_finetune.publishing.record import (
     bin_count,
     class_rows,
     duration,
+    hub_id,
     interval,
     load_record,
     mean_confidence,
@@ -43,11 +38,9 @@ from vit_finetune.publishing.redaction import (
     values_without_paths,
     without_paths,
 )
+from vit_finetune.publishing.usage import NOWHERE, calibrated_usage, usage
 from vit_finetune.recipe import HubConfig
 from vit_finetune.run import TOLD, Finding, Report, Run, RunError
-
-_NOWHERE = "path/to/this/folder"
-"""What stands in the usage where the model has no id."""
 
 TRAINED = {
     "full": "fine-tuned from ",
@@ -87,7 +80,7 @@ def publishable_card(run: Run, hub: HubConfig, edited: Sequence[str] = ()) -> st
         return card
     (old, text), (new, _) = written, read_card(card)
     said = f"\n{_edited_warning(edited)}\n" if edited else ""
-    text = text.replace(f'model="{_NOWHERE}"', f'model="{hub.model_id}"')  # which nobody knew before
+    text = text.replace(f'"{NOWHERE}"', f'"{hub.model_id}"')  # which nobody knew before
     return join_card(old | new | {"tags": join_tags(old, new)}, said + text)
 
 
@@ -129,11 +122,7 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         record = replace(record, recipe=record.recipe | {"hub": hub.model_dump()})
     environment = build_environment()
     environment.filters.update(
-        percent=percent,
-        interval=interval,
-        duration=duration,
-        memory=memory,
-        pixels=pixels,
+        percent=percent, interval=interval, duration=duration, memory=memory, pixels=pixels
     )
     report = record.headline
     # Without `hub:`, so that who repeats it does not push to this place, or read of another one.
@@ -154,7 +143,8 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         dataset=_dataset_id(record),
         scores=score_rows(record),
         facts=_facts(record),
-        usage=fenced(_usage(record), "python"),
+        calibrated_usage=fenced(calibrated_usage(record), "python"),
+        usage=fenced(usage(record), "python"),
         recipe=fenced(own, "yaml") if set_keys else None,
         command=fenced(without_paths(_command(record)), "bash"),
         findings=_warnings(record),
@@ -179,32 +169,6 @@ def _warnings(record: Record) -> list[Finding]:
 def _model_name(record: Record) -> str:
     model_id = record.setting("hub", "model_id")
     return one_line(str(model_id).rpartition("/")[2] if model_id else record.name)
-
-
-def _usage(record: Record) -> str:
-    model_id, revision = record.setting("hub", "model_id"), record.setting("hub", "revision")
-    pinned = f', revision="{revision}"' if model_id and revision else ""
-    name = model_id or _NOWHERE
-    if record.is_adapter:
-        base, commit = values_without_paths(record.model.get("base_model")), record.model.get("revision")
-        at = f'"{hub_id(base) or base}", config=config, ignore_mismatched_sizes=True'
-        at += f',\n    revision="{commit}"' if commit else ""
-        return (
-            "from peft import PeftModel\n"
-            "from transformers import (\n    AutoConfig,\n    AutoImageProcessor,\n"
-            "    AutoModelForImageClassification,\n    pipeline,\n)\n\n"
-            f'config = AutoConfig.from_pretrained("{name}"{pinned})\n'
-            f"base = AutoModelForImageClassification.from_pretrained(\n    {at},\n)\n"
-            f'model = PeftModel.from_pretrained(base, "{name}"{pinned}).merge_and_unload()\n'
-            f'processor = AutoImageProcessor.from_pretrained("{name}"{pinned})\n'
-            'classifier = pipeline("image-classification", model=model, image_processor=processor)\n'
-            'print(classifier("photo.jpg"))'
-        )
-    return (
-        "from transformers import pipeline\n\n"
-        f'classifier = pipeline("image-classification", model="{name}"{pinned})\n'
-        'print(classifier("photo.jpg"))'
-    )
 
 
 def _command(record: Record) -> str:
@@ -242,12 +206,6 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 # --------------------------------------------------------------------------- front matter
-
-
-def hub_id(value: Any) -> str | None:
-    """The id in a value that has the form `owner/name[@revision]`."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@.+)?", value, re.ASCII) if isinstance(value, str) else None
-    return match[1] if match else None
 
 
 def _metadata(record: Record) -> ModelCardData:
@@ -299,7 +257,7 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
         ("f1", f"Macro F1{what}", report.macro_f1, {"average": "macro"}),
         ("balanced_accuracy", f"Balanced accuracy{what}", report.balanced_accuracy, {}),
         ("log_loss", f"Log loss (nats){what}", report.log_loss, {}),
-        ("ece", f"Expected calibration error{what}", report.ece, {"bins": bin_count(report)}),
+        ("ece", f"Expected calibration error{what}", report.ece, {"bins": bin_count(report.calibration)}),
     ]
     if report.top_5_accuracy is not None:
         scores.insert(1, ("top_5_accuracy", f"Top-5 accuracy{what}", report.top_5_accuracy, {"k": 5}))

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter, SymmetricalLogLocator
 
 from vit_finetune.publishing.record import ClassRow, bin_count, one_line, percent
-from vit_finetune.run import Report
+from vit_finetune.run import CalibrationBin, Report
 
 READABLE_CLASSES = 30
 """Above this many classes the confusion matrix carries neither names nor numbers."""
@@ -182,14 +182,16 @@ def draw_classes(rows: Sequence[ClassRow]) -> str:
         return _svg(figure, "classes", "Precision, recall and F1 by class")
 
 
-def draw_calibration(report: Report) -> str | None:
+def draw_calibration(
+    calibration: Sequence[CalibrationBin], ece: float, name: str = "calibration"
+) -> str | None:
     """The reliability diagram over the numbers of images behind it; None where no bin holds an image."""
-    bins = [part for part in report.calibration if part.count]
+    bins = [part for part in calibration if part.count]
     if not bins:
         return None
     middles = [100 * (part.low + part.high) / 2 for part in bins]
     widths = [100 * (part.high - part.low) * 0.94 for part in bins]
-    with _style("calibration"):
+    with _style(name):
         figure = Figure(figsize=(4.6, 4.4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.bar(middles, [100 * part.accuracy for part in bins], width=widths, color=BLUE, label="accuracy")
@@ -197,7 +199,7 @@ def draw_calibration(report: Report) -> str | None:
         upper.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
         upper.scatter(confidences, confidences, s=14, color=ORANGE, zorder=3, label="mean probability")
         upper.set(ylabel="Accuracy (%)", xlim=(0, 100), ylim=(0, 102))
-        upper.set_title(f"ECE {percent(report.ece)} over {bin_count(report)} bins", loc="left")
+        upper.set_title(f"ECE {percent(ece)} over {bin_count(calibration)} bins", loc="left")
         figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         lower.bar(middles, [part.count for part in bins], width=widths, color=GREY)
         lower.set(xlabel="Probability of the predicted class (%)", ylabel="Images")
@@ -207,7 +209,7 @@ def draw_calibration(report: Report) -> str | None:
         for axes in (upper, lower):
             axes.grid(axis="y")
             axes.set_axisbelow(True)
-        return _svg(figure, "calibration", "Reliability diagram: accuracy by predicted probability")
+        return _svg(figure, name, "Reliability diagram: accuracy by predicted probability")
 
 
 # --------------------------------------------------------------------------- figures to SVG

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from vit_finetune.console import printable
-from vit_finetune.run import Finding, Findings, Report, Run, wilson_interval
+from vit_finetune.run import CalibrationBin, Finding, Findings, Report, Run, wilson_interval
 
 FEW_IMAGES = 30
 """Below this many images the 95% interval of a recall is wider than about 0.2 almost everywhere."""
@@ -90,6 +91,12 @@ class Record:
     def setting(self, section: str, key: str) -> Any:
         """One value of the resolved recipe; None where it is not there."""
         return (self.recipe.get(section) or {}).get(key)
+
+
+def hub_id(value: Any) -> str | None:
+    """The id in a value that has the form `owner/name[@revision]`."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@.+)?", value, re.ASCII) if isinstance(value, str) else None
+    return match[1] if match else None
 
 
 def load_record(run: Run) -> Record:
@@ -180,9 +187,9 @@ def mean_confidence(report: Report) -> float | None:
     return sum(part.count * part.confidence for part in report.calibration) / total if total else None
 
 
-def bin_count(report: Report) -> int | None:
+def bin_count(calibration: Sequence[CalibrationBin]) -> int | None:
     """How many bins of equal width the calibration is measured over; reports list those with images only."""
-    widths = [part.high - part.low for part in report.calibration]
+    widths = [part.high - part.low for part in calibration]
     return round(1 / widths[0]) if widths else None
 
 
@@ -244,6 +251,10 @@ def score_rows(record: Record) -> list[tuple[str, list[str]]]:
         ("Log loss (nats)", [f"{report.log_loss:.4f}" for report in reports]),
         ("Expected calibration error", [percent(report.ece) for report in reports]),
     ]
+    after = [report.calibrated for report in reports]
+    if any(after):
+        rows.append(("Log loss, calibrated (nats)", [f"{c.log_loss:.4f}" if c else "–" for c in after]))
+        rows.append(("Expected calibration error, calibrated", [percent(c.ece) if c else "–" for c in after]))
     top_5 = [report.top_5_accuracy for report in reports]
     if any(score is not None for score in top_5):
         rows.insert(3, ("Top-5 accuracy", ["–" if score is None else percent(score) for score in top_5]))

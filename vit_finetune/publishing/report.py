@@ -103,7 +103,10 @@ def _of_one_split(report: Report) -> dict[str, Any]:
     """What the page shows of the report that it quotes."""
     rows = class_rows(report)
     few = len(rows) <= MOST_BARS
-    calibration = charts.draw_calibration(report)
+    drawn = [(report.calibration, report.ece, "calibration")]
+    if after := report.calibrated:
+        drawn.append((after.calibration, after.ece, "calibrated"))
+    diagrams = [chart for one in drawn if (chart := charts.draw_calibration(*one))]
     return {
         "classes": rows,
         "bars_shown": min(len(rows), MOST_BARS),
@@ -111,8 +114,8 @@ def _of_one_split(report: Report) -> dict[str, Any]:
         "confusion": Markup(charts.draw_confusion(report)),
         "confused": most_confused(report, 10 if len(rows) <= charts.READABLE_CLASSES else 20),
         "is_labelled": len(rows) <= charts.READABLE_CLASSES,
-        "calibration": Markup(calibration) if calibration else None,
-        "bins": bin_count(report),
+        "diagrams": [Markup(chart) for chart in diagrams],
+        "bins": bin_count(report.calibration),
         "confidence": mean_confidence(report),
     }
 

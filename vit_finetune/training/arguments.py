@@ -36,6 +36,14 @@ class ViTTrainingArguments(TrainingArguments):
     )
     focal_gamma: float = field(default=0.0, metadata={"help": "γ of the focal loss; 0 is off."})
 
+    teacher: str | None = field(
+        default=None, metadata={"help": "Checkpoint of a teacher to distil from; None is off."}
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "What the logits are divided by before they are compared."}
+    )
+    distillation_weight: float = field(default=0.5, metadata={"help": "Share of the teacher in the loss."})
+
     @property
     def n_gpu(self) -> int:
         """One GPU for each process; the Trainer would spread a lone process over all, with DataParallel."""

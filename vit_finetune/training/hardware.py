@@ -72,6 +72,7 @@ def choose_hardware(
     model: PreTrainedModel,
     before: dict[str, Any] | None = None,
     processes: int = 1,
+    teacher: PreTrainedModel | None = None,
 ) -> Hardware:
     """What the recipe says, and for what it leaves `auto` the best for this machine.
 
@@ -81,6 +82,7 @@ def choose_hardware(
         model: what will be trained.
         before: provenance of the run that is resumed; what changes its numbers is then chosen as it was.
         processes: how many train together.
+        teacher: what it is distilled from; takes memory.
 
     Raises:
         RunError: bf16 and fp16 are both asked for, or the images of a step of the run to resume cannot be
@@ -102,7 +104,7 @@ def choose_hardware(
         config = config.model_copy(update={"attn_implementation": chosen["attention"]})
     bf16, fp16, precision = _choose_precision(training, config, model, use_cpu)
     attention = _choose_attention(config, model, use_cpu, bf16)
-    batch = _choose_batch(training, model, use_cpu)
+    batch = _choose_batch(training, model, use_cpu, teacher)
     choices = [precision, attention, batch]
     accumulation = training.gradient_accumulation_steps
     if before:
@@ -269,13 +271,15 @@ def _choose_attention(config: ModelConfig, model: PreTrainedModel, use_cpu: bool
     return Choice("attention", "sdpa", "the fused kernel")
 
 
-def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: bool) -> Choice:
+def _choose_batch(
+    training: TrainingConfig, model: PreTrainedModel, use_cpu: bool, teacher: PreTrainedModel | None
+) -> Choice:
     if training.per_device_train_batch_size != "auto":
         return Choice("batch", str(training.per_device_train_batch_size), "the recipe says so")
     free = psutil.virtual_memory().available if use_cpu else torch.cuda.mem_get_info()[0]
     if use_cpu:
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fixed, each = estimate_memory(model, averages=training.ema_decay > 0)
+    fixed, each = estimate_memory(model, training.ema_decay > 0, teacher)
     batch = LARGEST_AUTOMATIC_BATCH
     while batch > 1 and fixed + batch * each > MEMORY_SHARE * free:
         batch //= 2
@@ -287,10 +291,13 @@ def _choose_batch(training: TrainingConfig, model: PreTrainedModel, use_cpu: boo
     )
 
 
-def estimate_memory(model: PreTrainedModel, averages: bool = False) -> tuple[int, int]:
+def estimate_memory(
+    model: PreTrainedModel, averages: bool = False, teacher: PreTrainedModel | None = None
+) -> tuple[int, int]:
     """Bytes that training takes whatever the batch, and bytes for each image of a batch, in fp32 with AdamW.
 
-    The first are weights, gradients and two moments, and, where `averages` are kept of the weights, these.
+    The first are weights, gradients and two moments, and, where `averages` are kept of the weights, these,
+    and the weights of a `teacher`, which keeps nothing for a backward pass.
     The second are counted, not guessed: what one image's forward pass keeps for the backward pass. The
     allocator's own share is left out.
     """
@@ -315,7 +322,8 @@ def estimate_memory(model: PreTrainedModel, averages: bool = False) -> tuple[int
     model.train(was_training)
     for buffer, before in buffers:  # what batch norms learnt from it
         buffer.copy_(before)
-    return 4 * (parameters * (2 if averages else 1) + 3 * trained), sum(kept.values()) // 2
+    asked = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
+    return 4 * (parameters * (2 if averages else 1) + 3 * trained + asked), sum(kept.values()) // 2
 
 
 def image_size_of(model: PreTrainedModel) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from vit_finetune.data.transforms import EvaluationImages, TrainingImages, colla
 from vit_finetune.run import RunError
 from vit_finetune.training.arguments import ViTTrainingArguments
 from vit_finetune.training.callbacks import StopEarly, StopOnSignal
+from vit_finetune.training.distillation import Teacher, distillation_loss
 from vit_finetune.training.ema import WeightAverage
 from vit_finetune.training.hardware import share_casts
 from vit_finetune.training.images import build_loader
@@ -46,6 +47,7 @@ class ViTTrainer(ResumableTrainer):
         eval_dataset: validation images.
         compute_metrics: from the Trainer's `EvalPrediction` of the validation images to their scores by name.
         mixing: mixes the images and targets of each training batch, as `build_mixing` makes it.
+        teacher: to distil from, as `load_teacher` has it.
         stop: what listens for signals; joins the callbacks.
         callbacks: more of the Trainer's callbacks.
     """
@@ -59,6 +61,7 @@ class ViTTrainer(ResumableTrainer):
         eval_dataset: EvaluationImages,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         mixing: v2.Transform | None = None,
+        teacher: Teacher | None = None,
         stop: StopOnSignal | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -80,12 +83,16 @@ class ViTTrainer(ResumableTrainer):
         )
         self.remove_callback(PrinterCallback)
         if args.bf16 and args.device.type == "cpu":
-            share_casts(model)
+            for one in [model, *([teacher.model] if teacher else [])]:
+                share_casts(one)
         self.image_processor, self.mixing, self.stop = image_processor, mixing, stop
         names = [model.config.id2label[number] for number in range(model.config.num_labels)]
         held = train_dataset.labels if isinstance(train_dataset, TrainingImages) else None
         weights = weigh_classes(args.class_weights, names, held and count_classes(held, len(names)))
         self.class_weights = None if weights is None else torch.tensor(weights, device=args.device)
+        self.teacher = teacher
+        if teacher:
+            teacher.model.to(args.device)
         self.seen_images = 0
         self.seconds = {"images": 0.0, "evaluation": 0.0, "checkpoints": 0.0}
         self.batch_number = 0
@@ -209,7 +216,7 @@ class ViTTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the batch; mixed, smoothed, weighted and focal only while training.
+        """Cross-entropy of the batch; mixed, smoothed, weighted, focal and distilled only while training.
 
         With the outputs where asked for.
         """
@@ -229,6 +236,13 @@ class ViTTrainer(ResumableTrainer):
             self.class_weights,
             args.focal_gamma,
         )
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                told = self.teacher.answer(inputs["pixel_values"], self.image_processor)
+            distilled = distillation_loss(
+                outputs.logits, told, inputs["labels"], args.distillation_temperature, count
+            )
+            loss = (1 - args.distillation_weight) * loss + args.distillation_weight * distilled
         if count is not None:  # DDP averages the gradients of what was divided by the sum already
             loss = loss * args.world_size
         return (loss, outputs) if return_outputs else loss
