@@ -10,7 +10,15 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_VIT, tiny_recipe
-from exactness import AUGMENTED, DROPOUT, KillAt, Killed, build_trainer, same, weights_of
+from exactness import (
+    AUGMENTED,
+    DROPOUT,
+    EVERY_SECOND,
+    build_trainer,
+    same,
+    weights_of,
+    with_and_without_a_break,
+)
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
@@ -34,11 +42,6 @@ from vit_finetune.training.trainer import ViTTrainer
 
 COLOURS = ["blue", "green", "red"]
 MIXED = {**AUGMENTED, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-EVERY_SECOND = {
-    f"{what}_{how}": value
-    for what in ("save", "eval")
-    for how, value in (("strategy", "steps"), ("steps", 2))
-}
 OTHER = {"image_mean": [0.2, 0.4, 0.6], "image_std": [0.3, 0.2, 0.1]}
 """Another normalisation than the student's."""
 
@@ -363,15 +366,13 @@ def test_resumed_equals_uninterrupted(
 ) -> None:
     """Also with an average, stochastic depth, weights and mixed images."""
     model = {**DROPOUT, "drop_path_rate": 0.3 if "ema_decay" in options else None}
-    whole = trainer_of(folder, tmp_path / "whole", teacher, model=model, **options)
-    whole.train()
-    killed = trainer_of(folder, tmp_path / "killed", teacher, [KillAt(kill_at)], model=model, **options)
-    with pytest.raises(Killed):
-        killed.train()
-    torch.manual_seed(999)
-    resumed = trainer_of(folder, tmp_path / "killed", teacher, model=model, **options)
-    newest = tmp_path / "killed" / f"checkpoint-{kill_at // 2 * 2}"
-    resumed.train(resume_from_checkpoint=str(newest))
+    whole, resumed = with_and_without_a_break(
+        lambda output_dir, callbacks=None: trainer_of(
+            folder, output_dir, teacher, callbacks, model=model, **options
+        ),
+        tmp_path,
+        kill_at,
+    )
     assert same(weights_of(resumed.model), weights_of(whole.model))
     logs = [[e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (whole, resumed)]
     assert logs[0] == logs[1]
