@@ -28,8 +28,9 @@ from vit_finetune.publishing.checkup_page import shown_images, write_checkup
 from vit_finetune.pushing import check_destination
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
-from vit_finetune.training.hardware import Hardware
+from vit_finetune.training.hardware import Choice, Hardware
 from vit_finetune.training.images import first_images
+from vit_finetune.training.range_test import PLAN
 
 
 def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
@@ -75,6 +76,8 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         else:
             train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
             plan_loading(recipe, data, train, model, hardware, world)
+            if recipe.training.learning_rate == "auto":
+                hardware.choices.append(Choice("learning rate", "auto", PLAN))
             facts = found | show_plan(recipe, data, model, hardware, world) | _show_batch(train, hardware)
         _show_classes(data)
     return facts

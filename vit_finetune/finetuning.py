@@ -34,6 +34,7 @@ from vit_finetune.planning import (
     form_world,
     plan_classes,
     plan_hardware,
+    plan_learning_rate,
     plan_loading,
     quiet_libraries,
     show_plan,
@@ -165,13 +166,14 @@ def _train(start: _Start) -> _End:
     if loading.cache:
         with world.one_per_machine_first():
             train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
-    arguments = build_arguments(
-        recipe.training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size
+    training, found = plan_learning_rate(
+        recipe, data, train, model, image_processor, hardware, loading, world, before
     )
+    arguments = build_arguments(training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size)
     batches = build_batches(
-        data, image_processor, recipe.augmentation, recipe.training, hardware, loading, world, before
+        data, image_processor, recipe.augmentation, training, hardware, loading, world, before
     )
-    provenance = describe_start(recipe, data, model, hardware, world.size, start.command, before)
+    provenance = describe_start(recipe, data, model, hardware, world.size, start.command, before) | found
     if world.is_main:
         open_run(run, recipe, data, train, provenance, start.held, new=not start.resume)
     check_machines_agree(world, run, provenance)
@@ -196,14 +198,19 @@ def _train(start: _Start) -> _End:
     provenance |= describe_training(trainer, result.metrics, hardware, loading, before)
     add_unreadable(provenance, batches, world, before)
     if start.stop.is_stopping:
-        if world.is_main:
-            write_json(run.provenance, provenance)
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
-            f"Go on with: {how_to_resume(start.command, world)}",
-            start.stop.number or signal.SIGTERM,
-        )
+        raise _interrupted(start, trainer, provenance)
     return _End(trainer.whole_weights(), trainer.state.log_history, provenance)
+
+
+def _interrupted(start: _Start, trainer: ViTTrainer, provenance: dict[str, Any]) -> Interrupted:
+    """What to raise where a signal ended training; what is known by now is written down."""
+    if start.world.is_main:
+        write_json(start.run.provenance, provenance)
+    return Interrupted(
+        f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
+        f"Go on with: {how_to_resume(start.command, start.world)}",
+        start.stop.number or signal.SIGTERM,
+    )
 
 
 def _fit_head(start: _Start) -> _End:

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from vit_finetune.console import say
+from vit_finetune.console import progress, say
+from vit_finetune.data.batches import naming_loader_errors
+from vit_finetune.data.mixing import build_mixing
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.streaming.batches import count_batches
@@ -20,14 +22,15 @@ from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
 from vit_finetune.hub_repos import quiet_client
 from vit_finetune.model.loading import describe_model, quiet_transformers
-from vit_finetune.recipe import Recipe
+from vit_finetune.recipe import Recipe, TrainingConfig
 from vit_finetune.run import Run
 from vit_finetune.training.checkpoints import list_checkpoints
 from vit_finetune.training.ema import check_average
-from vit_finetune.training.hardware import Choice, Hardware, choose_hardware, estimate_memory
-from vit_finetune.training.images import keep_workers
+from vit_finetune.training.hardware import AS_BEFORE, Choice, Hardware, choose_hardware, estimate_memory
+from vit_finetune.training.images import build_batches, keep_workers
 from vit_finetune.training.imbalance import describe_classes
 from vit_finetune.training.loading import Loading, choose_loading
+from vit_finetune.training.range_test import PLAN, STEPS, check_undivided, choose_rate, run_range_test
 from vit_finetune.training.world import PeerLost, World
 
 
@@ -48,6 +51,7 @@ def form_world(recipe: Recipe) -> Iterator[World]:
         RunError: the launcher meant more of them, or one was lost; or it divides what the recipe cannot.
     """
     check_average(recipe.training.ema_decay, os.environ)
+    check_undivided(recipe.training.learning_rate, os.environ)
     use_cpu = recipe.training.use_cpu or not torch.accelerator.is_available()
     world = World(recipe.training.ddp_timeout, use_cpu)
     try:
@@ -104,6 +108,50 @@ def plan_loading(
     )
     hardware.choices += loading.choices
     return loading
+
+
+def plan_learning_rate(
+    recipe: Recipe,
+    data: PreparedData,
+    train: TrainingImages,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    hardware: Hardware,
+    loading: Loading,
+    world: World,
+    before: dict[str, Any] | None = None,
+) -> tuple[TrainingConfig, dict[str, Any]]:
+    """The section `training:` with a number for its learning rate, and what a range test saw.
+
+    Where the recipe says `auto`, the test finds it, or the run to resume has had it found; said aloud as the
+    machine's choices are, which it joins. The same in every process. What was seen are facts by name.
+
+    Raises:
+        RunError: the loss falls at no rate.
+    """
+    training = recipe.training
+    if training.learning_rate != "auto":
+        return training, {}
+    if before:
+        (rate,) = (c["value"] for c in before["choices"] if c["name"] == "learning rate")
+        choice, facts = Choice("learning rate", rate, AS_BEFORE), {}
+    else:
+        say(f"learning rate: {PLAN}")
+        tested = training.model_copy(update={"max_steps": STEPS})
+        batches = build_batches(
+            data, image_processor, recipe.augmentation, tested, hardware, loading, world, None
+        )
+        mixing = build_mixing(recipe.augmentation, len(data.labels))
+        with progress("range test", STEPS, "steps") as advance, naming_loader_errors():
+            curve = run_range_test(
+                model, image_processor, training, hardware, loading, batches or train, mixing, advance
+            )
+        facts = {"range_test": curve.facts(choose_rate(curve))}
+        reason = f"the middle of the loss's longest descent in a range test of {len(curve.rates)} steps"
+        choice = Choice("learning rate", f"{facts['range_test']['chosen']:.2g}", reason)
+    hardware.choices.append(choice)
+    say(f"{choice.name}: {choice.value} ({choice.reason})")
+    return training.model_copy(update={"learning_rate": float(choice.value)}), facts
 
 
 def show_plan(

@@ -97,6 +97,23 @@ def draw_learning_rate(history: Sequence[dict[str, Any]]) -> str | None:
         return _svg(figure, "rate", "Learning rate by epoch")
 
 
+def draw_range_test(test: dict[str, Any] | None) -> str | None:
+    """The losses of a range test by learning rate, with the rate that was chosen; None without a test."""
+    if not test:
+        return None
+    with _style("range"):
+        figure, axes = _figure(3.7, 2.7, "Learning rate", "Loss (nats per image)")
+        axes.plot(test["rates"], test["losses"], color=BLUE, linewidth=0.7, alpha=0.5, label="each step")
+        axes.plot(test["rates"], test["smoothed"], color=BLUE, linewidth=1.6, label="smoothed")
+        axes.axvline(test["chosen"], color=ORANGE, linewidth=1.2, linestyle="--")
+        axes.plot([], [], color=ORANGE, linestyle="--", label=f"chosen: {test['chosen']:.2g}")
+        axes.set_xscale("log")
+        # A loss that has diverged would leave nothing to be seen of the others.
+        axes.set_ylim(0, 1.15 * max(test["smoothed"]))
+        axes.legend(loc="upper left")
+        return _svg(figure, "range", "Training loss by learning rate, and the rate that was chosen")
+
+
 def _mark_epoch(axes: Axes, epoch: float | None) -> None:
     if epoch is not None:
         axes.axvline(epoch, color=GREY, linewidth=0.9, linestyle="--", label="published weights")
