@@ -134,7 +134,7 @@ def test_recipes_and_templates_travel_in_the_wheel(tmp_path: Path) -> None:
     assert {f"vit_finetune/recipes/{name}.yaml" for name in bundled_recipes()} <= names
     launcher_configs = (ROOT / "recipes" / "accelerate").glob("*.yaml")
     assert {f"vit_finetune/recipes/accelerate/{path.name}" for path in launcher_configs} <= names
-    templates = ("report.html.jinja", "model_card.md.jinja", "checkup.html.jinja")
+    templates = ("report.html.jinja", "model_card.md.jinja", "checkup.html.jinja", "tune.html.jinja")
     assert {f"vit_finetune/templates/{name}" for name in templates} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/", "scripts/"))]
 

@@ -256,6 +256,7 @@ def test_a_run_equals_one_with_the_number_written(
     assert "range_test" not in written.read_provenance()
     assert 'aria-label="Training loss by learning rate' in run.report_html.read_text()
     assert f"chosen: {chosen['value']}" in run.report_html.read_text()
+    assert "mathdefault" not in run.report_html.read_text()  # which is how matplotlib writes powers of ten
     assert "Range test" not in written.report_html.read_text()
     assert f"| Learning rate | {chosen['value']} (the middle of" in build_card(run)
     assert "learning_rate: auto" in run.recipe.read_text()

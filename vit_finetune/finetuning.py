@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_table, warn, warn_of_findings
 from vit_finetune.data.batches import naming_loader_errors
@@ -38,6 +37,7 @@ from vit_finetune.planning import (
     plan_loading,
     quiet_libraries,
     show_plan,
+    validation_metrics,
 )
 from vit_finetune.probing import check_probe, probe
 from vit_finetune.publishing.card import write_card
@@ -183,7 +183,7 @@ def _train(start: _Start) -> _End:
         arguments,
         batches or train,
         EvaluationImages(data.splits["validation"], image_processor),
-        compute_metrics=_validation_metrics,
+        compute_metrics=validation_metrics,
         mixing=build_mixing(recipe.augmentation, len(data.labels)),
         stop=start.stop,
         callbacks=[display := ProgressDisplay(provenance["images_per_step"])],
@@ -227,15 +227,6 @@ def _fit_head(start: _Start) -> _End:
 
 
 # --------------------------------------------------------------------------- after training
-
-
-def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    if not np.isfinite(prediction.predictions).all():
-        raise RunError(
-            "training diverged: the model answers with NaN or infinity. Lower training.learning_rate, or "
-            "raise training.warmup_steps"
-        )
-    return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
 
 
 def _save_model(

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from vit_finetune.console import progress, say
 from vit_finetune.data.batches import naming_loader_errors
@@ -20,10 +21,11 @@ from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.streaming.batches import count_batches
 from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
+from vit_finetune.evaluation.scoring import compute_label_metrics
 from vit_finetune.hub_repos import quiet_client
 from vit_finetune.model.loading import describe_model, quiet_transformers
 from vit_finetune.recipe import Recipe, TrainingConfig
-from vit_finetune.run import Run
+from vit_finetune.run import Diverged, Run
 from vit_finetune.training.checkpoints import list_checkpoints
 from vit_finetune.training.ema import check_average
 from vit_finetune.training.hardware import AS_BEFORE, Choice, Hardware, choose_hardware, estimate_memory
@@ -218,3 +220,17 @@ def _show_data_and_model(
         "splits": counts,
         "choices": [asdict(choice) for choice in hardware.choices],
     }
+
+
+def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The validation images' scores by name, from the Trainer's predictions.
+
+    Raises:
+        Diverged: the model answers with NaN or infinity.
+    """
+    if not np.isfinite(prediction.predictions).all():
+        raise Diverged(
+            "training diverged: the model answers with NaN or infinity. Lower training.learning_rate, or "
+            "raise training.warmup_steps"
+        )
+    return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
