@@ -33,6 +33,7 @@ from vit_finetune.publishing.card import build_card
 from vit_finetune.publishing.charts import draw_range_test
 from vit_finetune.recipe import ModelConfig, Recipe, RecipeError, build_recipe
 from vit_finetune.run import Run, RunError
+from vit_finetune.training import range_test
 from vit_finetune.training.hardware import choose_hardware
 from vit_finetune.training.loading import choose_loading
 from vit_finetune.training.range_test import (
@@ -135,6 +136,18 @@ def test_losses_are_smoothed_and_the_test_ends_where_they_diverge() -> None:
     assert 70 < len(curve.losses) < 80
     losses[40] = np.nan
     assert len(curve_of(losses).losses) == 40
+
+
+@pytest.mark.slow
+def test_the_trainer_stops_where_the_loss_diverges(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first rise, so that a model which hardly diverges in a hundred steps will do."""
+    monkeypatch.setattr(range_test, "DIVERGED", 1.0)
+    curve, _ = range_tested(tiny_recipe(folder, tmp_path / "run", training=AUTO))
+    assert 1 < len(curve.losses) < STEPS // 2
+    assert curve.smoothed[-1] > min(curve.smoothed)
+    assert curve.smoothed[:-1] == sorted(curve.smoothed[:-1], reverse=True)
 
 
 # --------------------------------------------------------------------------- the choice

@@ -263,6 +263,10 @@ def test_killed_and_gone_on_with_it_is_the_same_search(
     assert code == 1 and "cannot go on with another search: the search was" in told
     code, told = say("e", "--resume", "training.label_smoothing_factor=0.1")
     assert code == 1 and "training.label_smoothing_factor was 0.0, is 0.1" in told
+    (folder / "red" / "0.png").rename(tmp_path / "0.png")
+    code, told = say("h", "--resume")
+    assert code == 1 and "cannot go on with another search: the images are others" in told
+    (tmp_path / "0.png").rename(folder / "red" / "0.png")
     code, told = say("f", "--resume", before=KILLING % (60, 15))
     assert code == 75 and "with --resume" in told, told
     code, told = say("g", "--resume")
@@ -311,6 +315,17 @@ def test_a_trial_is_what_the_last_weights_score_where_they_are_kept(folder: Path
     search = build_search(recipe, ["training.learning_rate=[0.003, 0.05]"])
     found = trials_in(tune(recipe, search, trials=2))
     assert [trial["score"] for trial in found] == [list(t["evaluations"].values())[-1] for t in found]
+
+
+@pytest.mark.slow
+def test_what_was_chosen_for_the_machine_is_written_out(folder: Path, tmp_path: Path) -> None:
+    """Else the best recipe might be trained in another precision, or in other steps, than the trial was."""
+    training = {"bf16": "auto", "per_device_train_batch_size": "auto", "num_train_epochs": 1}
+    recipe = recipe_for(folder, tmp_path / "run", data={"cache": "auto"}, training=training)
+    found = tune(recipe, build_search(recipe), trials=1)
+    best = load_recipe(found / "best.yaml")
+    assert isinstance(best.training.bf16, bool) and best.training.per_device_train_batch_size == 128
+    assert best.data.cache != "auto"
 
 
 def test_values_that_do_not_go_together_are_a_trial_passed_over(folder: Path, tmp_path: Path) -> None:

@@ -93,15 +93,16 @@ def tune(recipe: Recipe, dimensions: list[Dimension], trials: int = 20, resume: 
     with quiet_libraries(), form_world(recipe) as world, StopOnSignal(world).listening():
         data = prepare_data(recipe.data)
         data.splits.pop("test", None)
+        begun_with = asked(recipe, dimensions, data.describe(recipe.data.path)["splits"])
         if resume:
             study = open_study(recipe, folder)
-            check_same(study, recipe, dimensions)
+            check_same(study, begun_with, folder)
             pinned = with_settings(recipe, study.user_attrs["pinned"])
         else:
             pins = _plan(recipe, data, world, trials)
             folder.mkdir(parents=True, exist_ok=True)
             study = open_study(recipe, folder)
-            study.set_user_attr("asked", asked(recipe, dimensions))
+            study.set_user_attr("asked", begun_with)
             study.set_user_attr("pinned", pins)
             pinned = with_settings(recipe, pins)
         search = _Search(pinned, dimensions, data, world, study, folder)

@@ -53,34 +53,49 @@ def held(folder: Path) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)
 
 
-def asked(recipe: Recipe, dimensions: list[Dimension]) -> dict[str, Any]:
-    """What a search was begun with, to be compared with what it is gone on with."""
-    return {"recipe": recipe.model_dump(mode="json"), "search": [str(dimension) for dimension in dimensions]}
+def asked(recipe: Recipe, dimensions: list[Dimension], images: dict[str, Any]) -> dict[str, Any]:
+    """What a search was begun with, to be compared with what it is gone on with.
+
+    Args:
+        recipe: of all trials.
+        dimensions: what is searched.
+        images: of each split, how many and their fingerprint.
+    """
+    search = [str(dimension) for dimension in dimensions]
+    return {"recipe": recipe.model_dump(mode="json"), "search": search, "images": images}
 
 
-def check_same(study: Any, recipe: Recipe, dimensions: list[Dimension]) -> None:
+def check_same(study: Any, now: dict[str, Any], folder: Path) -> None:
     """Makes sure that a search is gone on with as it was begun.
 
+    Args:
+        study: the trials so far.
+        now: as `asked` has it.
+        folder: of the search.
+
     Raises:
-        RunError: the recipe or the search is another, or it was stopped before it began.
+        RunError: recipe, search or images are others, or it was stopped before it began.
     """
-    before, now = study.user_attrs.get("asked"), asked(recipe, dimensions)
+    before = study.user_attrs.get("asked")
     if before is None or "pinned" not in study.user_attrs:
         raise RunError(
-            f"{recipe.output_dir}-tune: the search was stopped before it began: remove the folder, and say "
-            f"the same again without --resume"
+            f"{folder}: the search was stopped before it began: remove the folder, and say the same again "
+            f"without --resume"
         )
-    changed = [f"the search was {before['search']}, is {now['search']}"] * (before["search"] != now["search"])
-    changed += [
+    changed = [
         f"{section}.{key} was {before['recipe'][section].get(key)!r}, is {value!r}"
         for section, keys in now["recipe"].items()
         for key, value in keys.items()
         if before["recipe"][section].get(key) != value
     ]
+    if before["search"] != now["search"]:
+        changed.append(f"the search was {before['search']}, is {now['search']}")
+    if before["images"] != now["images"]:
+        changed.append("the images are others")
     if changed:
         raise RunError(
-            f"{recipe.output_dir}-tune: cannot go on with another search: {'; '.join(changed)}. Say the same "
-            f"words, or set another training.output_dir=…"
+            f"{folder}: cannot go on with another search: {'; '.join(changed)}. Say the same words, or set "
+            f"another training.output_dir=…"
         )
 
 
