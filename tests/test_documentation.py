@@ -110,7 +110,7 @@ def test_the_commands_about_data_are_valid() -> None:
 def test_the_techniques_keys_are_recipes() -> None:
     page = (ROOT / "docs" / "techniques.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 12
+    assert len(examples) == 13
     for example in examples:
         values = yaml.safe_load(example)
         whole = {"data": {"path": "x"}, "model": {"path": "x/y"}}
@@ -134,7 +134,7 @@ def test_recipes_and_templates_travel_in_the_wheel(tmp_path: Path) -> None:
     assert {f"vit_finetune/recipes/{name}.yaml" for name in bundled_recipes()} <= names
     launcher_configs = (ROOT / "recipes" / "accelerate").glob("*.yaml")
     assert {f"vit_finetune/recipes/accelerate/{path.name}" for path in launcher_configs} <= names
-    templates = ("report.html.jinja", "model_card.md.jinja", "checkup.html.jinja")
+    templates = ("report.html.jinja", "model_card.md.jinja", "checkup.html.jinja", "tune.html.jinja")
     assert {f"vit_finetune/templates/{name}" for name in templates} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/", "scripts/"))]
 

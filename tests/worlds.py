@@ -29,7 +29,7 @@ import hashlib, json, os, pathlib
 import torch
 from vit_finetune import finetuning
 from vit_finetune.training.trainer import ViTTrainer
-plain_step, plain_metrics, batches = ViTTrainer.training_step, finetuning._validation_metrics, {}
+plain_step, plain_metrics, batches = ViTTrainer.training_step, finetuning.validation_metrics, {}
 journal = pathlib.Path("journal").open("a", buffering=1)
 def step(self, model, inputs, *args, **kwargs):
     number = self.state.global_step
@@ -51,7 +51,7 @@ def loss_of(self, inputs):
 def metrics(prediction):
     print(json.dumps({"evaluated": prediction.label_ids.tolist()}), file=journal)
     return plain_metrics(prediction)
-ViTTrainer.training_step, finetuning._validation_metrics = step, metrics
+ViTTrainer.training_step, finetuning.validation_metrics = step, metrics
 """
 """Source to run before: notes the pixels that each batch is made of, its loss, and which labels are evaluated.
 

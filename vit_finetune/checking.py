@@ -30,8 +30,9 @@ from vit_finetune.pushing import check_destination
 from vit_finetune.recipe import Recipe
 from vit_finetune.run import Run
 from vit_finetune.training.distillation import load_teacher
-from vit_finetune.training.hardware import Hardware
+from vit_finetune.training.hardware import Choice, Hardware
 from vit_finetune.training.images import first_images
+from vit_finetune.training.range_test import PLAN
 
 
 def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
@@ -79,6 +80,8 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         else:
             train = first_images(data, image_processor, recipe.augmentation, recipe.training.seed)
             plan_loading(recipe, data, train, model, hardware, world)
+            if recipe.training.learning_rate == "auto":
+                hardware.choices.append(Choice("learning rate", "auto", PLAN))
             plan = show_plan(recipe, data, model, hardware, world, teacher)
             facts = found | plan | _show_batch(train, hardware)
         _show_classes(data)

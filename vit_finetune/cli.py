@@ -22,6 +22,7 @@ from vit_finetune.console import answer, fail, say, show_table
 from vit_finetune.files import is_disk_full
 from vit_finetune.recipe import Recipe, RecipeError, build_data_config, bundled_recipes, load_recipe
 from vit_finetune.run import STOPPING, Interrupted, Run, RunError
+from vit_finetune.search_space import build_search
 
 app = typer.Typer(
     help="One recipe file takes a folder of images to an evaluated, documented Vision Transformer.",
@@ -153,6 +154,35 @@ def predict(
         for image in found:
             classes = ", ".join(f"{p['label']} {p['probability']:.3f}" for p in image["predictions"])
             answer(f"{image['path']}: {classes}")
+
+    _guarded(work, debug)
+
+
+@app.command()
+def tune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="A key to search: KEY=low..high or KEY=[a, b]; repeatable."),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="How many trials to make in all.")] = 20,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the trials that are there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Search over a few recipe keys by the validation split."""
+    loaded = _load(recipe, overrides)
+    try:
+        dimensions = build_search(loaded, search or [])
+    except RecipeError as error:
+        fail(str(error))
+        raise typer.Exit(2) from None
+
+    def work() -> None:
+        _listen()
+        from vit_finetune.tuning import tune
+
+        tune(loaded, dimensions, trials, resume=resume)
 
     _guarded(work, debug)
 

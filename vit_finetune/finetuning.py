@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_table, warn, warn_of_findings
 from vit_finetune.data.batches import naming_loader_errors
@@ -40,9 +39,11 @@ from vit_finetune.planning import (
     form_world,
     plan_classes,
     plan_hardware,
+    plan_learning_rate,
     plan_loading,
     quiet_libraries,
     show_plan,
+    validation_metrics,
 )
 from vit_finetune.probing import check_probe, probe
 from vit_finetune.publishing.card import write_card
@@ -179,13 +180,14 @@ def _train(start: _Start) -> _End:
     if loading.cache:
         with world.one_per_machine_first():
             train.read_from_cache(loading.cache, column_values(data.splits["train"], "digest"))
-    arguments = build_arguments(
-        recipe.training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size
+    training, found = plan_learning_rate(
+        recipe, data, train, model, image_processor, hardware, loading, world, before, start.teacher
     )
+    arguments = build_arguments(training, hardware, loading, run.checkpoints, recipe.evaluation.batch_size)
     batches = build_batches(
-        data, image_processor, recipe.augmentation, recipe.training, hardware, loading, world, before
+        data, image_processor, recipe.augmentation, training, hardware, loading, world, before
     )
-    provenance = describe_start(recipe, data, model, hardware, world.size, start.command, before)
+    provenance = describe_start(recipe, data, model, hardware, world.size, start.command, before) | found
     if start.teacher:
         provenance["teacher"] = start.teacher.describe()
     if world.is_main:
@@ -197,7 +199,7 @@ def _train(start: _Start) -> _End:
         arguments,
         batches or train,
         EvaluationImages(data.splits["validation"], image_processor),
-        compute_metrics=_validation_metrics,
+        compute_metrics=validation_metrics,
         mixing=build_mixing(recipe.augmentation, len(data.labels)),
         teacher=start.teacher,
         stop=start.stop,
@@ -213,14 +215,19 @@ def _train(start: _Start) -> _End:
     provenance |= describe_training(trainer, result.metrics, hardware, loading, before)
     add_unreadable(provenance, batches, world, before)
     if start.stop.is_stopping:
-        if world.is_main:
-            write_json(run.provenance, provenance)
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
-            f"Go on with: {how_to_resume(start.command, world)}",
-            start.stop.number or signal.SIGTERM,
-        )
+        raise _interrupted(start, trainer, provenance)
     return _End(trainer.whole_weights(), trainer.state.log_history, provenance)
+
+
+def _interrupted(start: _Start, trainer: ViTTrainer, provenance: dict[str, Any]) -> Interrupted:
+    """What to raise where a signal ended training; what is known by now is written down."""
+    if start.world.is_main:
+        write_json(start.run.provenance, provenance)
+    return Interrupted(
+        f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint kept. "
+        f"Go on with: {how_to_resume(start.command, start.world)}",
+        start.stop.number or signal.SIGTERM,
+    )
 
 
 def _fit_head(start: _Start) -> _End:
@@ -237,15 +244,6 @@ def _fit_head(start: _Start) -> _End:
 
 
 # --------------------------------------------------------------------------- after training
-
-
-def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    if not np.isfinite(prediction.predictions).all():
-        raise RunError(
-            "training diverged: the model answers with NaN or infinity. Lower training.learning_rate, or "
-            "raise training.warmup_steps"
-        )
-    return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
 
 
 def _save_model(

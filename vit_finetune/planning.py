@@ -9,26 +9,31 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
-from vit_finetune.console import say
+from vit_finetune.console import progress, say
+from vit_finetune.data.batches import naming_loader_errors
+from vit_finetune.data.mixing import build_mixing
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.streaming.batches import count_batches
 from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
+from vit_finetune.evaluation.scoring import compute_label_metrics
 from vit_finetune.hub_repos import quiet_client
 from vit_finetune.model.loading import describe_model, load_skeleton, quiet_transformers
 from vit_finetune.model.lora import check_targets, import_peft
-from vit_finetune.recipe import Recipe
-from vit_finetune.run import Run
+from vit_finetune.recipe import Recipe, TrainingConfig
+from vit_finetune.run import Diverged, Run
 from vit_finetune.training.checkpoints import list_checkpoints
 from vit_finetune.training.distillation import Teacher, describe_teacher
-from vit_finetune.training.hardware import Choice, Hardware, choose_hardware, estimate_memory
-from vit_finetune.training.images import keep_workers
+from vit_finetune.training.hardware import AS_BEFORE, Choice, Hardware, choose_hardware, estimate_memory
+from vit_finetune.training.images import build_batches, keep_workers
 from vit_finetune.training.imbalance import describe_classes
 from vit_finetune.training.loading import Loading, choose_loading
+from vit_finetune.training.range_test import PLAN, STEPS, choose_rate, run_range_test
 from vit_finetune.training.world import PeerLost, World, check_undivided
 
 
@@ -52,6 +57,8 @@ def form_world(recipe: Recipe) -> Iterator[World]:
         check_undivided("training.ema_decay", os.environ)
     if recipe.model.method == "lora":
         check_undivided("model.method: lora", os.environ)
+    if recipe.training.learning_rate == "auto":
+        check_undivided("training.learning_rate: auto", os.environ)
     use_cpu = recipe.training.use_cpu or not torch.accelerator.is_available()
     world = World(recipe.training.ddp_timeout, use_cpu)
     try:
@@ -137,6 +144,59 @@ def plan_loading(
     return loading
 
 
+def plan_learning_rate(
+    recipe: Recipe,
+    data: PreparedData,
+    train: TrainingImages,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    hardware: Hardware,
+    loading: Loading,
+    world: World,
+    before: dict[str, Any] | None = None,
+    teacher: Teacher | None = None,
+) -> tuple[TrainingConfig, dict[str, Any]]:
+    """The section `training:` with a number for its learning rate, and what a range test saw.
+
+    Where the recipe says `auto`, the test finds it, or the run to resume has had it found; said aloud as the
+    machine's choices are, which it joins. The same in every process. What was seen are facts by name.
+
+    Raises:
+        RunError: the loss falls at no rate.
+    """
+    training = recipe.training
+    if training.learning_rate != "auto":
+        return training, {}
+    if before:
+        (rate,) = (c["value"] for c in before["choices"] if c["name"] == "learning rate")
+        choice, facts = Choice("learning rate", rate, AS_BEFORE), {}
+    else:
+        say(f"learning rate: {PLAN}")
+        tested = training.model_copy(update={"max_steps": STEPS})
+        batches = build_batches(
+            data, image_processor, recipe.augmentation, tested, hardware, loading, world, None
+        )
+        mixing = build_mixing(recipe.augmentation, len(data.labels))
+        with progress("range test", STEPS, "steps") as advance, naming_loader_errors():
+            curve = run_range_test(
+                model,
+                image_processor,
+                training,
+                hardware,
+                loading,
+                batches or train,
+                mixing,
+                teacher,
+                advance,
+            )
+        facts = {"range_test": curve.facts(choose_rate(curve))}
+        reason = f"the middle of the loss's longest descent in a range test of {len(curve.rates)} steps"
+        choice = Choice("learning rate", f"{facts['range_test']['chosen']:.2g}", reason)
+    hardware.choices.append(choice)
+    say(f"{choice.name}: {choice.value} ({choice.reason})")
+    return training.model_copy(update={"learning_rate": float(choice.value)}), facts
+
+
 def show_plan(
     recipe: Recipe,
     data: PreparedData,
@@ -206,3 +266,17 @@ def _show_data_and_model(
         "splits": counts,
         "choices": [asdict(choice) for choice in hardware.choices],
     }
+
+
+def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The validation images' scores by name, from the Trainer's predictions.
+
+    Raises:
+        Diverged: the model answers with NaN or infinity.
+    """
+    if not np.isfinite(prediction.predictions).all():
+        raise Diverged(
+            "training diverged: the model answers with NaN or infinity. Lower training.learning_rate, or "
+            "raise training.warmup_steps"
+        )
+    return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)

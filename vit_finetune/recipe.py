@@ -43,6 +43,7 @@ __all__ = [
     "bundled_recipes",
     "find_recipe",
     "load_recipe",
+    "read_value",
     "training_section",
 ]
 
@@ -270,16 +271,25 @@ def build_data_config(path: str, overrides: Sequence[str] = ()) -> DataConfig:
         raise RecipeError(_explain(error, path, ("data",))) from None
 
 
+def read_value(text: str, source: str) -> Any:
+    """A value as recipes write it.
+
+    Raises:
+        RecipeError: it is not valid YAML; the message begins with the source.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: the value is not valid YAML: {_yaml_problem(error)}") from None
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(
             f"{override}: an override is written key.path=value, such as training.num_train_epochs=3"
         )
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{override}: the value is not valid YAML: {_yaml_problem(error)}") from None
+    value = read_value(text, override)
     if " #" in text and not text.lstrip().startswith(("'", '"', "[", "{")):
         value = text  # on a command line a number sign begins no comment
     *parents, last = key.split(".")

@@ -25,6 +25,10 @@ class RunError(RuntimeError):
     """The work cannot go on; its text is the whole message: found, expected, what to write instead."""
 
 
+class Diverged(RunError):
+    """A loss, a weight or an answer of the model is NaN or infinite."""
+
+
 STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 """Ctrl-C; what launchers, Slurm and spot machines send before they kill."""
 

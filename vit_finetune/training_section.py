@@ -21,7 +21,9 @@ class TrainingConfig(Section):
     output_dir: str | None = None
     """The run folder; `runs/<recipe name>` if unset."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 5.0
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 1e-4
+    """The highest of the schedule. `auto` finds it by a range test before training (Smith, 2017): steps at
+    rates that grow from 1e-7 to 10, and of the rates at which the loss falls the one in the middle."""
     lr_scheduler_type: str = "cosine"
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05
     """Steps, or below 1 a share of all steps."""
@@ -124,7 +126,7 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _averages_whole_weights(self) -> TrainingConfig:
+    def _copies_whole_weights(self) -> TrainingConfig:
         if self.ema_decay and self.optim.startswith("schedule_free"):
             raise ValueError(
                 f"optim={self.optim} averages the weights itself: leave out ema_decay, or write another optim"
@@ -132,6 +134,11 @@ class TrainingConfig(Section):
         for name in ("fsdp", "deepspeed"):
             if self.ema_decay and getattr(self, name, None):
                 raise ValueError(f"ema_decay needs the whole model in each process: leave it out, or {name}")
+            if self.learning_rate == "auto" and getattr(self, name, None):
+                raise ValueError(
+                    f"learning_rate=auto tests a copy of the model that is whole in each process: write a "
+                    f"number, or leave out {name}"
+                )
         return self
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import TINY_VIT, tiny_recipe
-from exactness import AUGMENTED, DROPOUT, KillAt, Killed, build_trainer, same, weights_of
+from exactness import AUGMENTED, DROPOUT, KillAt, Killed, same, weights_of
 from fork_server import ForkServer
 from safetensors.torch import load_file
 from shard_files import NAMES, draw_png, sample, write_tar, write_tars

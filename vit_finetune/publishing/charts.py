@@ -15,7 +15,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter, SymmetricalLogLocator
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    StrMethodFormatter,
+    SymmetricalLogLocator,
+)
 
 from vit_finetune.publishing.record import ClassRow, bin_count, one_line, percent
 from vit_finetune.run import CalibrationBin, Report
@@ -95,6 +101,25 @@ def draw_learning_rate(history: Sequence[dict[str, Any]]) -> str | None:
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         return _svg(figure, "rate", "Learning rate by epoch")
+
+
+def draw_range_test(test: dict[str, Any] | None) -> str | None:
+    """The losses of a range test by learning rate, with the rate that was chosen; None without a test."""
+    if not test:
+        return None
+    with _style("range"):
+        figure, axes = _figure(3.7, 2.7, "Learning rate", "Loss (nats per image)")
+        axes.plot(test["rates"], test["losses"], color=BLUE, linewidth=0.7, alpha=0.5, label="each step")
+        axes.plot(test["rates"], test["smoothed"], color=BLUE, linewidth=1.6, label="smoothed")
+        axes.axvline(test["chosen"], color=ORANGE, linewidth=1.2, linestyle="--")
+        axes.plot([], [], color=ORANGE, linestyle="--", label=f"chosen: {test['chosen']:.2g}")
+        _use_log_scale(axes)
+        # A loss that has diverged would leave nothing to be seen of the descent.
+        low, high = min(test["smoothed"]), test["smoothed"][0]
+        room = max(high - low, 0.05 * high)
+        axes.set_ylim(low - 2 * room, high + 2 * room)
+        axes.legend(loc="lower left", fontsize=8)
+        return _svg(figure, "range", "Training loss by learning rate, and the rate that was chosen")
 
 
 def _mark_epoch(axes: Axes, epoch: float | None) -> None:
@@ -212,6 +237,80 @@ def draw_calibration(
         return _svg(figure, name, "Reliability diagram: accuracy by predicted probability")
 
 
+# --------------------------------------------------------------------------- a search
+
+
+def draw_trials(document: dict[str, Any]) -> str | None:
+    """The scores of a search by trial, and the best so far; None without a score."""
+    scored = [(trial["number"], trial["score"]) for trial in document["trials"] if trial["score"] is not None]
+    if not scored:
+        return None
+    best = np.minimum if document["metric"] == "loss" else np.maximum
+    numbers, scores = zip(*scored)
+    metric = document["metric"].replace("_", " ")
+    with _style("trials"):
+        figure, axes = _figure(3.7, 2.7, "Trial", f"Validation {metric}")
+        axes.plot(numbers, best.accumulate(scores), color=ORANGE, drawstyle="steps-post", label="best so far")
+        axes.plot(numbers, scores, "o", color=BLUE, markersize=4, label="scored")
+        _draw_pruned(axes, [(trial["number"], trial) for trial in document["trials"]])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="best", fontsize=7)
+        return _svg(figure, "trials", f"Validation {metric} by trial")
+
+
+def draw_settings(document: dict[str, Any], key: str) -> str | None:
+    """The scores of a search by the values of one key; None without a score."""
+    trials = document["trials"]
+    scored = [trial for trial in trials if trial["score"] is not None]
+    if not scored:
+        return None
+    values = [trial["settings"][key] for trial in trials]
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    words = [] if numeric else sorted({str(value) for value in values})
+    metric = document["metric"].replace("_", " ")
+
+    def place(trial: dict[str, Any]) -> float:
+        value = trial["settings"][key]
+        return float(value) if numeric else words.index(str(value))
+
+    with _style(f"by-{key}"):
+        figure, axes = _figure(3.7, 2.7, one_line(key, 40), f"Validation {metric}")
+        if key in document["logarithmic"]:
+            _use_log_scale(axes)
+        axes.plot(
+            [place(trial) for trial in scored],
+            [trial["score"] for trial in scored],
+            "o",
+            color=BLUE,
+            markersize=4,
+        )
+        best = [trial for trial in scored if trial["number"] == document["best"]]
+        axes.plot(
+            *zip(*[(place(trial), trial["score"]) for trial in best]),
+            "o",
+            color=ORANGE,
+            markersize=6,
+            label="best",
+        )
+        _draw_pruned(axes, [(place(trial), trial) for trial in trials])
+        if words:
+            axes.set_xticks(range(len(words)), [one_line(word, 18) for word in words])
+            axes.set_xlim(-0.5, len(words) - 0.5)
+        axes.legend(loc="best", fontsize=7)
+        return _svg(figure, re.sub(r"[^A-Za-z0-9]", "-", key), f"Validation {metric} by {one_line(key, 40)}")
+
+
+def _draw_pruned(axes: Axes, trials: Sequence[tuple[float, dict[str, Any]]]) -> None:
+    """Trials that were pruned, at their last evaluation."""
+    points = [
+        (place, list(trial["evaluations"].values())[-1])
+        for place, trial in trials
+        if trial["outcome"] == "pruned" and trial["evaluations"]
+    ]
+    if points:
+        axes.plot(*zip(*points), "x", color=GREY, markersize=4, label="pruned")
+
+
 # --------------------------------------------------------------------------- figures to SVG
 
 
@@ -229,6 +328,14 @@ def _figure(width: float, height: float, xlabel: str, ylabel: str, grid: bool = 
     axes.grid(grid)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _use_log_scale(axes: Axes) -> None:
+    """Orders of magnitude along x, with numbers as people write them: mathtext is off."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:

@@ -86,8 +86,14 @@ def _curves(record: Record) -> list[tuple[str, Markup]]:
         ("Loss of training batches and of the validation split", charts.draw_losses(record.history, chosen)),
         ("Accuracy on the validation split", charts.draw_accuracy(record.history, chosen)),
         ("Learning rate", charts.draw_learning_rate(record.history)),
+        ("Range test of the learning rate, before training", charts.draw_range_test(_range_test(record))),
     ]
     return [(caption, Markup(chart)) for caption, chart in drawn if chart]  # escaped in charts
+
+
+def _range_test(record: Record) -> dict[str, Any] | None:
+    test: dict[str, Any] | None = record.provenance.get("range_test")
+    return test
 
 
 def _chosen_epoch(record: Record) -> float | None:

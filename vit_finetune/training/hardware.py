@@ -210,7 +210,7 @@ def measure_step(
         _synchronize(device)
         return time.perf_counter() - start
 
-    with _randomness_kept(device):
+    with randomness_kept(device):
         step(2)
         each, count = step(2) / 2, 2
         # A large model on a CPU takes seconds for a batch: then a smaller one has to do. On a GPU a few
@@ -228,7 +228,7 @@ def measure_step(
     return each
 
 
-def _randomness_kept(device: torch.device) -> AbstractContextManager[None]:
+def randomness_kept(device: torch.device) -> AbstractContextManager[None]:
     """A block after which the CPU's and the device's random numbers go on as if it had not been."""
     return torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else [])
 
@@ -315,7 +315,7 @@ def estimate_memory(
     height, width = image_size_of(model)
     was_training, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with _randomness_kept(model.device), hooks:
+    with randomness_kept(model.device), hooks:
         pixels = torch.zeros(2, model.config.num_channels, height, width, device=model.device)
         output = model.train()(pixel_values=pixels).logits.sum()
     del output

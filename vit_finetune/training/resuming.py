@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl
 from vit_finetune.files import is_disk_full
 from vit_finetune.model.loading import restore_weights
 from vit_finetune.model.lora import has_lora, save_adapter
-from vit_finetune.run import Interrupted, RunError
+from vit_finetune.run import Diverged, Interrupted, RunError
 from vit_finetune.training.callbacks import StopOnSignal
 from vit_finetune.training.checkpoints import (
     STATE,
@@ -124,7 +124,7 @@ class ResumableTrainer(Trainer):
             finite = [p.isfinite().all() for p in self.model.parameters() if p.is_floating_point()]
             bad |= not torch.stack(finite).all()
         if bad:
-            raise RunError(
+            raise Diverged(
                 f"training diverged: at step {self.state.global_step} the loss or a weight is NaN or inf. "
                 f"Lower training.learning_rate or raise training.warmup_steps, and start another run"
             )

@@ -44,7 +44,7 @@ class ViTTrainer(ResumableTrainer):
         image_processor: the model's; normalises batches on the device, and is saved with every checkpoint.
         args: what to do.
         train_dataset: training images.
-        eval_dataset: validation images.
+        eval_dataset: validation images; None where nothing is evaluated.
         compute_metrics: from the Trainer's `EvalPrediction` of the validation images to their scores by name.
         mixing: mixes the images and targets of each training batch, as `build_mixing` makes it.
         teacher: to distil from, as `load_teacher` has it.
@@ -58,7 +58,7 @@ class ViTTrainer(ResumableTrainer):
         image_processor: BaseImageProcessor,
         args: ViTTrainingArguments,
         train_dataset: TrainingImages | StreamBatches,
-        eval_dataset: EvaluationImages,
+        eval_dataset: EvaluationImages | None,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         mixing: v2.Transform | None = None,
         teacher: Teacher | None = None,
