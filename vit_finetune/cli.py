@@ -21,6 +21,7 @@ from vit_finetune import __version__
 from vit_finetune.console import answer, fail, say, show_table
 from vit_finetune.files import is_disk_full
 from vit_finetune.recipe import Recipe, RecipeError, build_data_config, bundled_recipes, load_recipe
+from vit_finetune.reports import MultiLabelReport, headline_scores
 from vit_finetune.run import STOPPING, Interrupted, Run, RunError
 
 app = typer.Typer(
@@ -109,6 +110,10 @@ def evaluate(
         if as_json:
             _print_json(json.loads(report.to_json()))
             return
+        title = f"{target} on {data or 'its own images'}: {report.split}"
+        if isinstance(report, MultiLabelReport):
+            show_table(title, ["score", ""], [list(row) for row in headline_scores(report)])
+            return
         low, high = report.accuracy_interval
         rows = [
             ["images", f"{report.num_images:,}"],
@@ -118,7 +123,7 @@ def evaluate(
             ["log loss", f"{report.log_loss:.4f}"],
             ["calibration error", f"{report.ece:.4f}"],
         ]
-        show_table(f"{target} on {data or 'its own images'}: {report.split}", ["score", ""], rows)
+        show_table(title, ["score", ""], rows)
 
     _guarded(work, debug)
 
@@ -142,6 +147,8 @@ def predict(
             return
         for image in found:
             classes = ", ".join(f"{p['label']} {p['probability']:.3f}" for p in image["predictions"])
+            if "labels" in image:  # of several labels, those above their thresholds
+                classes = f"{', '.join(image['labels']) or 'no label'} ({classes})"
             answer(f"{image['path']}: {classes}")
 
     _guarded(work, debug)

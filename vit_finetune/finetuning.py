@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from scipy.special import expit
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, set_seed
 
 from vit_finetune.console import say, show_table, warn, warn_of_findings
@@ -25,7 +27,8 @@ from vit_finetune.data.transforms import (
     EvaluationImages,
     check_image_processor,
 )
-from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score
+from vit_finetune.evaluation.multi_label import compute_multi_label_metrics
+from vit_finetune.evaluation.scoring import compute_label_metrics, save_mistakes, score, tune
 from vit_finetune.files import folder_written_whole, sync, write_json, write_text
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_checkpoint, load_model
@@ -43,7 +46,8 @@ from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.pushing import check_destination, push_to_hub
 from vit_finetune.recipe import Recipe
-from vit_finetune.run import Interrupted, Report, Run, RunError
+from vit_finetune.reports import AnyReport, headline_scores
+from vit_finetune.run import Interrupted, Run, RunError
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
 from vit_finetune.training.hardware import Hardware
@@ -91,7 +95,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             )
         classes = plan_classes(recipe, data)
         set_seed(recipe.training.seed)
-        model, image_processor = load_model(recipe.model, data.labels)
+        model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
         hardware = plan_hardware(recipe, model, world, before)
@@ -228,6 +232,8 @@ def _validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
             "training diverged: the model answers with NaN or infinity. Lower training.learning_rate, or "
             "raise training.warmup_steps"
         )
+    if prediction.label_ids.ndim == 2:  # images may have several labels: F1 is that at 0.5
+        return compute_multi_label_metrics(prediction.label_ids, expit(prediction.predictions))
     return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)
 
 
@@ -243,15 +249,29 @@ def _save_model(
         shutil.rmtree(run.model, ignore_errors=True)
 
 
+def _save_thresholds(run: Run, model: PreTrainedModel) -> None:
+    """Writes the thresholds of a model's config into that of the run's."""
+    path = run.model / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"thresholds": model.config.thresholds}
+    write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
 def _score(
     run: Run, recipe: Recipe, splits: datasets.DatasetDict, device: torch.device, writes: bool
-) -> dict[str, Report]:
-    """Scores validation and then test, once, with the weights that were saved; writes the reports."""
+) -> dict[str, AnyReport]:
+    """Scores validation and then test, once, with the weights that were saved; writes the reports.
+
+    Thresholds of several labels are tuned on validation, and saved with the model.
+    """
     model, image_processor = load_checkpoint(str(run.model))
     model = model.to(device)
     reports = {}
     for name in [name for name in ("validation", "test") if name in splits]:
         scores = score(model, image_processor, splits[name], name, recipe.evaluation)
+        if recipe.data.multi_label and name == "validation":
+            scores = tune(scores, model, recipe.evaluation)
+            if writes:
+                _save_thresholds(run, model)
         reports[name] = scores.report
         if writes:
             if name == "test" or "test" not in splits:
@@ -281,23 +301,10 @@ def _push(run: Run, recipe: Recipe, test_split: datasets.Dataset | None) -> None
         raise
 
 
-def _show_reports(reports: dict[str, Report], run: Run) -> None:
-    show_table(
-        "scores",
-        ["split", "images", "accuracy", "95% interval", "macro F1", "log loss", "ECE"],
-        [
-            [
-                name,
-                f"{report.num_images:,}",
-                f"{report.accuracy:.4f}",
-                f"{report.accuracy_interval[0]:.3f}–{report.accuracy_interval[1]:.3f}",
-                f"{report.macro_f1:.4f}",
-                f"{report.log_loss:.4f}",
-                f"{report.ece:.4f}",
-            ]
-            for name, report in reports.items()
-        ],
-    )
+def _show_reports(reports: dict[str, AnyReport], run: Run) -> None:
+    rows = [[name, *(value for _, value in headline_scores(report))] for name, report in reports.items()]
+    columns = [name for name, _ in headline_scores(next(iter(reports.values())))]
+    show_table("scores", ["split", *columns], rows)
     if "test" not in reports:
         warn("there was no test split: the validation score also chose the weights, so it flatters them")
     say(f"report: {run.report_html}")

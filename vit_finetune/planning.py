@@ -65,6 +65,8 @@ def plan_classes(recipe: Recipe, data: PreparedData) -> list[Choice]:
     Raises:
         RunError: weights of classes that the data does not have.
     """
+    if recipe.data.multi_label:  # which refuses both
+        return []
     held = None if isinstance(data, PreparedStream) else column_values(data.splits["train"], "label")
     return describe_classes(recipe.training.class_weights, recipe.data.balanced_sampling, data.labels, held)
 

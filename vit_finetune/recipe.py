@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
+from vit_finetune.combinations import check_labels
 from vit_finetune.sections import (
     DROP_PATH_MODELS,
     AugmentationConfig,
@@ -48,7 +49,7 @@ __all__ = [
 
 
 READING = (
-    *("subset", "revision", "image_column", "label_column", "class_folder"),
+    *("subset", "revision", "image_column", "label_column", "multi_label", "class_folder"),
     *("on_unreadable", "exclude", "group"),
 )
 """Keys of `data:` that say what is read; the others say how a run divides and keeps it."""
@@ -85,8 +86,12 @@ class Recipe(Section):
             section = values.get("training")
             if not isinstance(section, dict | None):
                 return values  # the field's own validation says what is wrong
+            data = values.get("data")
+            several = (
+                data.get("multi_label") if isinstance(data, dict) else getattr(data, "multi_label", None)
+            )
             try:
-                return {**values, "training": training_section().model_validate(section or {})}
+                return {**values, "training": training_section(several is True).model_validate(section or {})}
             except ValidationError as error:
                 raise _Nested("training", error) from None
         return values
@@ -102,6 +107,11 @@ class Recipe(Section):
                         f"{name}.{key} is about training step by step, and model.method=linear_probe fits "
                         f"its head to all images at once: leave out one of them, or write model.method=head"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _goes_with_its_labels(self) -> Recipe:
+        check_labels(self.data, self.augmentation, self.model, self.training)
         return self
 
     @model_validator(mode="after")

@@ -13,8 +13,9 @@ from transformers import BaseImageProcessor
 from vit_finetune.data.images import UnreadableImage, decode_image
 from vit_finetune.data.sources.folders import is_image_name, walk_files
 from vit_finetune.data.transforms import resize
+from vit_finetune.evaluation.multi_label import read_thresholds
 from vit_finetune.evaluation.scoring import best_device, predict_probabilities
-from vit_finetune.model.loading import load_checkpoint
+from vit_finetune.model.loading import is_multi_label, load_checkpoint
 from vit_finetune.run import Run, RunError
 
 
@@ -48,7 +49,8 @@ def predict(target: str | Path, images: Sequence[str | Path], top: int = 5) -> l
 
     Returns:
         For each image `path`, and `predictions`: `label` and `probability` in [0, 1], the most probable
-        first.
+        first. Of a model for several labels, each with its `threshold`, and `labels`: the names of all that
+        reach theirs, in id order.
 
     Raises:
         RunError: no model there, or an image that is missing or cannot be read.
@@ -69,14 +71,20 @@ def predict(target: str | Path, images: Sequence[str | Path], top: int = 5) -> l
     model = model.to(best_device())
     files = _Files(paths, image_processor)
     rows = torch.from_numpy(predict_probabilities(model, image_processor, files, 32, "predicting"))
-    values, classes = rows.topk(min(top, rows.shape[1]), dim=1)  # (images, top)
-    return [
-        {
-            "path": str(path),
-            "predictions": [
-                {"label": model.config.id2label[number], "probability": probability}
-                for number, probability in zip(numbers, probabilities)
-            ],
-        }
-        for path, numbers, probabilities in zip(paths, classes.tolist(), values.tolist())
-    ]
+    thresholds = read_thresholds(model.config).tolist() if is_multi_label(model) else None
+    names = model.config.id2label
+    answers: list[dict[str, Any]] = []
+    for path, row in zip(paths, rows):
+        values, classes = row.topk(min(top, len(row)))
+        predictions = [
+            {"label": names[number], "probability": value}
+            for number, value in zip(classes.tolist(), values.tolist())
+        ]
+        answer: dict[str, Any] = {"path": str(path), "predictions": predictions}
+        if thresholds is not None:
+            for prediction, number in zip(predictions, classes.tolist()):
+                prediction["threshold"] = thresholds[number]
+            pairs = enumerate(zip(row.tolist(), thresholds))
+            answer["labels"] = [names[number] for number, (value, threshold) in pairs if value >= threshold]
+        answers.append(answer)
+    return answers

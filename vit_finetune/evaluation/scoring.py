@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from vit_finetune.console import progress
 from vit_finetune.data.checkup.checkup import leave_out_unreadable
-from vit_finetune.data.sources.columns import column_values, with_labels
+from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.folders import ALL
 from vit_finetune.data.sources.hub import is_hub_id
+from vit_finetune.data.sources.labels import label_names, multi_hot, with_labels
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.prepared import fingerprint, pinned
 from vit_finetune.data.streaming.prepared import prepare_data
@@ -36,10 +37,12 @@ from vit_finetune.evaluation.metrics import (
     log_loss,
     top_k_accuracy,
 )
+from vit_finetune.evaluation.multi_label import build_multi_label_report, read_thresholds, tune_thresholds
 from vit_finetune.files import written_whole
 from vit_finetune.hub_repos import parse_hub_id, quiet_client
-from vit_finetune.model.loading import load_checkpoint
+from vit_finetune.model.loading import is_multi_label, load_checkpoint
 from vit_finetune.recipe import DataConfig, EvaluationConfig, load_recipe
+from vit_finetune.reports import AnyReport, MultiLabelReport
 from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
 
 PICTURE_PIXELS = 224
@@ -50,21 +53,30 @@ PICTURE_PIXELS = 224
 class Scores:
     """A report and what it was computed from, row by row."""
 
-    report: Report
+    report: AnyReport
     ids: list[str]
     label_ids: np.ndarray
-    """int64 `(images,)`."""
+    """int64 `(images,)`; with several labels 1 where an image has one, float32 `(images, classes)`."""
     probabilities: np.ndarray
     """float32 `(images, classes)`, in label order."""
 
     def save_predictions(self, path: Path) -> None:
         """Writes id, label, predicted and probabilities as Parquet."""
         names = np.asarray(self.report.labels, dtype=object)
+        if isinstance(self.report, MultiLabelReport):
+            thresholds = [score.threshold for score in self.report.per_class.values()]
+            kind: pa.DataType = pa.list_(pa.string())
+            label = [names[row == 1].tolist() for row in self.label_ids]
+            predicted = [names[row >= thresholds].tolist() for row in self.probabilities]
+        else:
+            kind = pa.string()
+            label = names[self.label_ids].tolist()
+            predicted = names[self.probabilities.argmax(axis=1)].tolist()
         table = pa.table(
             {
                 "id": self.ids,
-                "label": names[self.label_ids].tolist(),
-                "predicted": names[self.probabilities.argmax(axis=1)].tolist(),
+                "label": pa.array(label, kind),
+                "predicted": pa.array(predicted, kind),
                 "probabilities": list(self.probabilities),
             }
         )
@@ -81,7 +93,8 @@ def score(
 ) -> Scores:
     """The report of a model on a split: each image counts once, at any batch size and number of processes.
 
-    Computed in float32, as a pipeline does: these are the probabilities that serving gives.
+    With several labels it is that of the thresholds in the model's config, or 0.5. Computed in float32, as a
+    pipeline does: these are the probabilities that serving gives.
 
     Args:
         model: on the device to compute on.
@@ -97,9 +110,37 @@ def score(
         model, image_processor, images, config.batch_size, f"scoring {name}", workers
     )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    ids, labels = column_values(split, "id"), np.asarray(images.labels)
-    report = build_report(name, ids, labels, probabilities, names, config.num_mistakes)
+    ids = column_values(split, "id")
+    if is_multi_label(model):
+        labels = multi_hot(images.labels, len(names))
+        report: AnyReport = build_multi_label_report(
+            name, ids, labels, probabilities, names, read_thresholds(model.config), config.num_mistakes
+        )
+    else:
+        labels = np.asarray(images.labels)
+        report = build_report(name, ids, labels, probabilities, names, config.num_mistakes)
     return Scores(report, ids, labels, probabilities)
+
+
+def tune(scores: Scores, model: PreTrainedModel, config: EvaluationConfig) -> Scores:
+    """The scores at the thresholds that are best on these images; the model's config has them afterwards.
+
+    Args:
+        scores: of the validation images, which may have several labels.
+        model: whose they are.
+        config: the recipe's section.
+    """
+    model.config.thresholds = tune_thresholds(scores.label_ids, scores.probabilities)
+    report = build_multi_label_report(
+        scores.report.split,
+        scores.ids,
+        scores.label_ids,
+        scores.probabilities,
+        scores.report.labels,
+        read_thresholds(model.config),
+        config.num_mistakes,
+    )
+    return replace(scores, report=report)
 
 
 def predict_probabilities(
@@ -110,7 +151,8 @@ def predict_probabilities(
     description: str,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """Class probabilities, float32 `(images, classes)`, in the order of the images.
+    """Class probabilities, float32 `(images, classes)`, in the order of the images; of several labels, each
+    label's own.
 
     Under a launcher every process computes a share and all get the whole.
 
@@ -134,7 +176,9 @@ def predict_probabilities(
     with scoring_mode(model), progress(description, len(share), "images") as advance:
         for batch in loader:
             pixel_values = normalize(batch["pixel_values"].to(model.device), image_processor)
-            mine.append(model(pixel_values=pixel_values).logits.float().softmax(dim=-1).cpu().numpy())
+            logits = model(pixel_values=pixel_values).logits.float()
+            shares = logits.sigmoid() if is_multi_label(model) else logits.softmax(dim=-1)
+            mine.append(shares.cpu().numpy())
             advance(len(pixel_values))
     rows = np.concatenate(mine) if mine else np.zeros((0, model.config.num_labels), np.float32)
     if np.isnan(rows).any():
@@ -219,7 +263,7 @@ def compute_label_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str
     return scores
 
 
-def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> Report:
+def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> AnyReport:
     """Writes a picture of each of the worst mistakes into the run; answers the report that names them."""
     files = ImageFiles(split)
     row_of = {identity: row for row, identity in enumerate(scores.ids)}
@@ -239,7 +283,7 @@ def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> Report:
 
 def evaluate(
     target: str | Path, data: str | None = None, split: str = "test", config: EvaluationConfig | None = None
-) -> Report:
+) -> AnyReport:
     """A fresh report of a finished run or a saved model.
 
     Args:
@@ -268,12 +312,12 @@ def evaluate(
             )
         images = own_split(run, split)
     else:
-        other = _other_data(own, data)
+        other = _other_data(own, data, labels if is_multi_label(model) else None)
         with quiet_client():
             splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
         images = _take(splits, split, data)
-    _check_classes(labels, images.features["label"].names, data or str(target))
+    _check_classes(labels, label_names(images), data or str(target))
     return score(
         model, image_processor, with_labels(images, labels), split, config or EvaluationConfig()
     ).report
@@ -305,11 +349,18 @@ def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> dat
     return splits[split]
 
 
-def _other_data(own: DataConfig | None, data: str) -> DataConfig:
-    """The images that `--data` names, read as the run's own were as far as that has a meaning there."""
+def _other_data(own: DataConfig | None, data: str, several: list[str] | None) -> DataConfig:
+    """The images that `--data` names, read as the run's own were as far as that has a meaning there.
+
+    Args:
+        own: the run's; None of a model without a run.
+        data: a data source.
+        several: the model's labels, where an image may have several: in a .csv each has a column.
+    """
     path, revision = parse_hub_id(data) or (data, None)
     if own is None:
-        return DataConfig(path=path, revision=revision)
+        columns = several if path.lower().endswith(".csv") else None
+        return DataConfig(path=path, revision=revision, multi_label=several is not None, label_column=columns)
     # Groups decide what is carved apart, and nothing is carved here; nor is anything excluded.
     changes = {"path": path, "group": None, "revision": revision or own.revision}
     if path != own.path and (is_hub_id(path) or is_hub_id(own.path)):

@@ -39,7 +39,10 @@ HEADS = re.compile(r"(^|\.)(classifier|cls_classifier|distillation_classifier|he
 
 
 def load_model(
-    config: ModelConfig, labels: Sequence[str], attn_implementation: str | None = None
+    config: ModelConfig,
+    labels: Sequence[str],
+    attn_implementation: str | None = None,
+    multi_label: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A classifier of these classes, in float32, and the image processor that goes with it.
 
@@ -51,13 +54,15 @@ def load_model(
         config: the recipe's section.
         labels: class names in id order.
         attn_implementation: transformers' name of the attention kernel; its own choice if None.
+        multi_label: whether an image may have several of them; the config says so, which makes pipelines
+            give each label a probability of its own.
 
     Raises:
         RunError: no such checkpoint, no safetensors weights, weights that do not fit, an unknown
             key of `config`, or an image size that the patches do not divide.
     """
     if config.config is not None:
-        model_config = _build_config(config, labels)
+        model_config = _build_config(config, labels, multi_label)
         model = _class_of(model_config)._from_config(model_config, attn_implementation=attn_implementation)
         return model, build_processor(config, side_lengths(model_config.image_size), None)
     assert config.path is not None
@@ -66,7 +71,7 @@ def load_model(
         pretrained = _read_config(path)
         _check_weights(path)
         target = copy.deepcopy(pretrained)
-        _set_labels(target, labels)
+        _set_labels(target, labels, multi_label)
         own_head = dict(pretrained.id2label) == dict(target.id2label)
         model, info = _from_pretrained(_class_of(pretrained), path, target, attn_implementation)
         _check_fit(path, model, info, head_may_be_new=not own_head)
@@ -121,7 +126,7 @@ def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 # --------------------------------------------------------------------------- from scratch
 
 
-def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfig:
+def _build_config(config: ModelConfig, labels: Sequence[str], multi_label: bool) -> PreTrainedConfig:
     values = dict(config.config or {})
     model_type = str(values.pop("model_type", "vit"))
     if config.image_size is not None:
@@ -158,15 +163,25 @@ def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfi
     size = side_lengths(getattr(built, "image_size", None) or 224)
     check_divides(built, size)
     built.image_size = compact_size(size)
-    _set_labels(built, labels)
+    _set_labels(built, labels, multi_label)
     return built
 
 
-def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
+MULTI_LABEL = "multi_label_classification"
+"""transformers' `problem_type` of a model whose images may have several labels."""
+
+
+def is_multi_label(model: PreTrainedModel) -> bool:
+    """Whether a model gives each label a probability of its own."""
+    return bool(model.config.problem_type == MULTI_LABEL)
+
+
+def _set_labels(config: PreTrainedConfig, labels: Sequence[str], multi_label: bool) -> None:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     # Written down, because the first loss computed would otherwise decide it by the labels' type.
-    config.problem_type = "single_label_classification"
+    config.problem_type = MULTI_LABEL if multi_label else "single_label_classification"
+    config.__dict__.pop("thresholds", None)  # a checkpoint's, of other data
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
