@@ -40,7 +40,7 @@ def several(path: str | Path, **options: Any) -> DataConfig:
 
 
 def names_by_id(dataset: datasets.Dataset) -> dict[str, list[str]]:
-    return dict(zip(column_values(dataset, "id"), map(json.loads, label_texts(dataset))))
+    return dict(zip(column_values(dataset, "id"), map(json.loads, label_texts(dataset).to_pylist())))
 
 
 def drawn_source(labels: list[list[int]], classes: int, **columns: list[str | None]) -> Source:
@@ -247,6 +247,17 @@ def test_lists_of_a_hub_dataset(values: Any, kind: Any, labels: list[str], expec
         arrange_columns(datasets.DatasetDict({"train": rows}), DataConfig(path="o/n", label_column="objects"))
 
 
+def test_ids_that_name_no_class_are_an_error() -> None:
+    rows = hub_rows(objects=([[0, 2], [-1], [1]], datasets.List(datasets.Value("int64"))))
+    table = rows.data.table.replace_schema_metadata(None)
+    features = datasets.Features({"image": datasets.Image(), "objects": CLASS_LABELS})
+    broken = datasets.Dataset(table.cast(features.arrow_schema))
+    with pytest.raises(
+        RunError, match="all: row 1: objects holds -1 in its list; expected ids of its 3 classes"
+    ):
+        arrange_columns(datasets.DatasetDict({"train": broken}), several("owner/name"))
+
+
 def test_columns_of_a_hub_dataset() -> None:
     flags, truths = datasets.Value("int32"), datasets.Value("bool")
     rows = hub_rows(night=([0, 1, 0], flags), people=([True, True, False], truths), size=([1, 2, 3], flags))
@@ -300,7 +311,8 @@ def test_labels_counted_in_another_order() -> None:
     other = with_labels(dataset, ["c2", "c0", "c1"])
     assert column_values(other, "label") == [[0, 1], [], [2]]
     assert label_names(other) == ["c2", "c0", "c1"]
-    assert label_texts(other) == label_texts(dataset) == ['["c0", "c2"]', "[]", '["c1"]']
+    assert label_texts(other).to_pylist() == ['["c0", "c2"]', "[]", '["c1"]']
+    assert label_texts(dataset) == label_texts(other)
 
 
 # --------------------------------------------------------------------------- splits

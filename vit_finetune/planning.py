@@ -146,7 +146,8 @@ def _show_data_and_model(
         counts = {"train": data.train.num_images} | counts
     facts = describe_model(model)
     say(
-        f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
+        f"data: {data.kind} {recipe.data.path}: {len(data.labels)} "
+        f"{'labels' if recipe.data.multi_label else 'classes'}, "
         + ", ".join(
             f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
         )

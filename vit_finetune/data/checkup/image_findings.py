@@ -103,8 +103,9 @@ def gather_images(source: Source, readings: dict[str, pa.Table]) -> Images:
     ids = np.concatenate([label for _, label in pairs])
     label, texts = ids, source.labels
     if any(map(is_multi_label, parts)):
-        found, label = np.unique([text for part in parts for text in label_texts(part)], return_inverse=True)
-        texts = [spoken(json.loads(text)) for text in found]
+        sets = pa.concat_arrays([label_texts(part) for part in parts]).dictionary_encode()
+        label = sets.indices.to_numpy().astype(np.int64)
+        texts = [spoken(json.loads(text)) for text in sets.dictionary.to_pylist()]
     return Images(
         list(source.splits),
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),

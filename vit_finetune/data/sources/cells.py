@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import datasets
+
 from vit_finetune.run import RunError
 
 FLAGS = {"0": False, "1": True, "false": False, "true": True}
 """What a cell of a column per label may hold, as text in lower case."""
 
 
-def read_names(where: str, column: str, value: Any) -> list[str]:
+def read_names(where: str, column: str, value: Any, feature: Any = None) -> list[str]:
     """The names in a cell that holds a list; of an empty list none.
 
     Args:
         where: the row, for messages.
         column: likewise.
         value: of the cell.
+        feature: what the column knows of the values in its lists; a ClassLabel has their names.
 
     Raises:
         RunError: it holds no list, or something else than names and numbers in it.
@@ -31,6 +34,14 @@ def read_names(where: str, column: str, value: Any) -> list[str]:
     for name in value:
         if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
             raise RunError(f"{where}: {column} holds {name!r} in its list; expected names of labels")
+    if isinstance(feature, datasets.ClassLabel):
+        unknown = [number for number in value if not 0 <= number < len(feature.names)]
+        if unknown:
+            raise RunError(
+                f"{where}: {column} holds {unknown[0]} in its list; expected ids of its {len(feature.names)} "
+                f"classes"
+            )
+        value = [feature.names[number] for number in value]
     return list(dict.fromkeys(map(str, value)))
 
 

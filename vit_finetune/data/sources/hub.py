@@ -279,9 +279,8 @@ def _row_label_sets(
     feature, known = getattr(dataset.features[columns[0]], "feature", None), set()
     if isinstance(feature, datasets.ClassLabel):
         known = set(feature.names)
-        cells = [[some and [feature.names[number] for number in some] for some in cells[0]]]
     names = [
-        None if value is None else read_names(f"{where}: row {number}", columns[0], value)
+        None if value is None else read_names(f"{where}: row {number}", columns[0], value, feature)
         for number, value in enumerate(cells[0])
     ]
     return names, known or {name for some in names for name in some or []}

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from vit_finetune.data.sources.columns import column_array, column_values
@@ -84,16 +85,16 @@ def count_labels(dataset: datasets.Dataset) -> Integers:
     return np.bincount(label_pairs(dataset)[1], minlength=len(label_names(dataset)))
 
 
-def label_texts(dataset: datasets.Dataset) -> list[str]:
-    """What a file says of each image's label: the class's name, or the names sorted, as a JSON list."""
-    names, column = label_names(dataset), column_array(dataset, "label").to_pylist()
+def label_texts(dataset: datasets.Dataset) -> pa.Array:
+    """What a file says of each image's label, strings: the class's name; or a JSON list of sorted names."""
+    names, column = label_names(dataset), column_array(dataset, "label").combine_chunks()
     if not is_multi_label(dataset):
-        return [names[label] for label in column]
+        return pa.array(names, pa.string()).take(column)
     known: dict[tuple[int, ...], str] = {}
-    for ids in map(tuple, column):
-        if ids not in known:
-            known[ids] = list_text(names[number] for number in ids)
-    return [known[tuple(ids)] for ids in column]
+    rows = list(map(tuple, column.to_pylist()))
+    for ids in set(rows):
+        known[ids] = list_text(names[number] for number in ids)
+    return pa.array([known[ids] for ids in rows], pa.string())
 
 
 def list_text(names: Iterable[str]) -> str:

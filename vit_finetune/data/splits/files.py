@@ -31,7 +31,7 @@ def save_splits(splits: datasets.DatasetDict, run: Run) -> None:
     Several labels are a JSON list of names.
     """
     for name, split in splits.items():
-        columns = [column_values(split, "id"), label_texts(split), [name] * len(split)]
+        columns = [column_values(split, "id"), label_texts(split).to_pylist(), [name] * len(split)]
         heads = list(COLUMNS)
         if "group" in split.column_names:
             heads.append("group")
@@ -162,7 +162,7 @@ def _left_out(source: Source, pool: str) -> set[str]:
 
 def _find_relabelled(rows: pa.Table, pool: datasets.Dataset, numbers: npt.NDArray[np.int64]) -> list[str]:
     """A text for each image whose class is not the one that its row names."""
-    found = pa.array(label_texts(pool), pa.string()).take(pa.array(numbers))
+    found = label_texts(pool).take(pa.array(numbers))
     named = rows["label"].combine_chunks()
     if is_multi_label(pool):
         named = pa.array([_sorted_list(text) for text in named.to_pylist()], pa.string())

@@ -111,6 +111,6 @@ def fingerprint(split: datasets.Dataset) -> str:
     Args:
         split: columns label and digest (each image's content hash, from the reading pass).
     """
-    rows = zip(column_values(split, "digest"), label_texts(split))
+    rows = zip(column_values(split, "digest"), label_texts(split).to_pylist())
     lines = sorted(f"{digest} {label}" for digest, label in rows)
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
