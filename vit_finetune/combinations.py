@@ -34,9 +34,10 @@ def check_labels(
     for name, keys in ONE_CLASS_ONLY.items():
         for key in keys:
             if getattr(sections[name], key):
+                off = "null" if key == "class_weights" else "0"
                 raise ValueError(
                     f"{name}.{key} is about images of one class, and with data.multi_label they may have "
-                    f"several labels: leave out {name}.{key}"
+                    f"several labels: leave out {name}.{key}, or write {off}"
                 )
     if model.method == "linear_probe":
         raise ValueError(
