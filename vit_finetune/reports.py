@@ -51,17 +51,16 @@ AnyReport = Report | MultiLabelReport
 
 
 def headline_scores(report: AnyReport) -> list[tuple[str, str]]:
-    """The scores that a terminal shows, (name, value) each, images first."""
+    """The scores that a table of splits shows, (name, value) each, images first."""
     if isinstance(report, MultiLabelReport):
         low, high = report.exact_match_interval
         return [
             ("images", f"{report.num_images:,}"),
-            ("mean average precision", f"{report.mean_average_precision:.4f}"),
+            ("mAP", f"{report.mean_average_precision:.4f}"),
             ("micro F1", f"{report.micro_f1:.4f}"),
             ("macro F1", f"{report.macro_f1:.4f}"),
-            ("exact match", f"{report.exact_match:.4f}"),
+            ("exact", f"{report.exact_match:.4f}"),
             ("95% interval", f"{low:.3f}–{high:.3f}"),
-            ("Hamming loss", f"{report.hamming_loss:.4f}"),
         ]
     low, high = report.accuracy_interval
     return [
