@@ -380,6 +380,14 @@ def test_a_label_that_is_too_rare_to_be_split_is_an_error() -> None:
         carve(drawn_source(labels, 3), several("drawn"))
 
 
+def test_a_label_that_is_seldom_the_rarest_is_not_too_rare() -> None:
+    """c1 has seven images, and but one for which it counts."""
+    labels = [[0]] * 30 + [[1]] + [[1, 2]] * 3 + [[1, 3]] * 3 + [[2], [3]]
+    splits = carve(drawn_source(labels, 4), several("drawn"))
+    assert plain_strata(labels, 4).count(1) == 1
+    assert sum(count_labels(split)[1] for split in splits.values()) == 7
+
+
 def test_a_carved_split_without_a_label_is_said() -> None:
     """c1 comes with rarer labels only, and so is carved as they are."""
     labels = [[0]] * 40 + [[1, number] for number in range(2, 6)] + [[number] for number in range(2, 6)] * 2

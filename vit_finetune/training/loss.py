@@ -32,9 +32,7 @@ def binary_cross_entropy(
         count: number of images to divide by, of which these are a part; those of the batch if None.
     """
     images = labels[:, 0] != NO_LABEL  # (B,)
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, labels * images[:, None], reduction="none"
-    )  # (B, C)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")  # (B, C)
     total = (losses.mean(dim=1) * images).sum()
     return total / (count_images(labels) if count is None else count)
 
