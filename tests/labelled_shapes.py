@@ -9,7 +9,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from conftest import tiny_recipe
 from PIL import Image, ImageDraw
+
+from vit_finetune.data.sources.columns import Source, build_dataset, column_values
+from vit_finetune.data.sources.labels import label_texts
+from vit_finetune.recipe import DataConfig, Recipe
 
 SHAPES = {"disc": (210, 40, 50), "frame": (40, 180, 60), "bar": (40, 60, 200)}
 """Colour of each shape; labels in the order of ids where they are sorted are bar, disc, frame."""
@@ -80,3 +86,42 @@ def flag_rows(root: Path, count: int = 60, seed: int = 0) -> list[dict[str, Any]
         {"file_name": file} | {name: int(name in names) for name in SHAPES}
         for file, names in zip(write_images(root, labels), labels)
     ]
+
+
+def several(path: str | Path, **options: Any) -> DataConfig:
+    """A source of images with several labels."""
+    return DataConfig.model_validate({"path": str(path), "multi_label": True, **options})
+
+
+def names_by_id(dataset: datasets.Dataset) -> dict[str, list[str]]:
+    """Labels by id."""
+    return dict(zip(column_values(dataset, "id"), map(json.loads, label_texts(dataset).to_pylist())))
+
+
+def drawn_source(labels: list[list[int]], classes: int, **columns: list[str | None]) -> Source:
+    """A source without pictures."""
+    ids = [f"{number}.jpg" for number in range(len(labels))]
+    images = pa.StructArray.from_arrays([pa.nulls(len(ids), pa.binary()), pa.array(ids)], ["bytes", "path"])
+    names = [f"c{number}" for number in range(classes)]
+    groups = pa.array(columns["group"], pa.string()) if "group" in columns else None
+    dataset = build_dataset(ids, images, pa.array(labels, pa.list_(pa.int64())), names, groups)
+    return Source("table", {"all": dataset}, names)
+
+
+def draw_sets(count: int, classes: int, seed: int) -> list[list[int]]:
+    """Label sets in which the first labels are frequent and the last rare; some images have none."""
+    random = np.random.default_rng(seed)
+    shares = np.linspace(0.5, 0.06, classes)
+    return [np.flatnonzero(random.random(classes) < shares).tolist() for _ in range(count)]
+
+
+def recipe_of(table: Path, output: Path, **sections: Any) -> Recipe:
+    """A tiny recipe of images with several labels."""
+    data = {"multi_label": True, **sections.pop("data", {})}
+    return tiny_recipe(table, output, data=data, **sections)
+
+
+def write_recipe(path: Path, recipe: Recipe) -> Path:
+    """The recipe as a file."""
+    path.write_text(recipe.to_yaml(resolved=False), encoding="utf-8")
+    return path

@@ -349,7 +349,7 @@ def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> dat
     return splits[split]
 
 
-def _other_data(own: DataConfig | None, data: str, several: list[str] | None) -> DataConfig:
+def _other_data(own: DataConfig | None, data: str, several: list[str] | None = None) -> DataConfig:
     """The images that `--data` names, read as the run's own were as far as that has a meaning there.
 
     Args:
