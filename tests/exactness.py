@@ -12,10 +12,12 @@ from conftest import TINY_VIT
 from transformers import TrainerCallback
 
 from vit_finetune.data.mixing import build_mixing
+from vit_finetune.data.sources.labels import label_names
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_model
+from vit_finetune.planning import validation_metrics
 from vit_finetune.recipe import Recipe
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.checkpoints import list_checkpoints
@@ -35,7 +37,8 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
     """The recipe's trainer, as `finetune` builds it."""
     splits = load_splits(recipe.data)
     torch.manual_seed(recipe.training.seed)
-    model, processor = load_model(recipe.model, splits["train"].features["label"].names)
+    labels = label_names(splits["train"])
+    model, processor = load_model(recipe.model, labels, multi_label=recipe.data.multi_label)
     adapt(model, recipe.model)
     hardware = choose_hardware(recipe.training, recipe.model, model)
     images = TrainingImages(
@@ -52,11 +55,9 @@ def build_trainer(recipe: Recipe, output_dir: Path, callbacks: Any = None) -> Vi
         build_arguments(recipe.training, hardware, loading, output_dir, recipe.evaluation.batch_size),
         images,
         EvaluationImages(splits["validation"], processor),
-        compute_metrics=lambda prediction: {
-            "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-        },
+        compute_metrics=validation_metrics,
         mixing=build_mixing(recipe.augmentation, model.config.num_labels),
-        teacher=load_teacher(recipe.training, splits["train"].features["label"].names),
+        teacher=load_teacher(recipe.training, labels),
         callbacks=callbacks,
     )
 

@@ -101,7 +101,7 @@ def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub) -> None
 def test_the_commands_about_data_are_valid() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("$k", "1")
     commands = re.findall(r"^ *vit-finetune train (.*)$", page, re.MULTILINE)
-    assert len(commands) == 11
+    assert len(commands) == 13
     for command in commands:
         name, *overrides = shlex.split(command, comments=True)
         load_recipe(name, overrides)
@@ -110,7 +110,7 @@ def test_the_commands_about_data_are_valid() -> None:
 def test_the_techniques_keys_are_recipes() -> None:
     page = (ROOT / "docs" / "techniques.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 13
+    assert len(examples) == 14
     for example in examples:
         values = yaml.safe_load(example)
         whole = {"data": {"path": "x"}, "model": {"path": "x/y"}}

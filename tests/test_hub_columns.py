@@ -7,8 +7,9 @@ import pytest
 from conftest import draw_image
 from drawn_data import Drawn, groups, label_names
 
-from vit_finetune.data.sources.columns import Source, column_values, with_labels
+from vit_finetune.data.sources.columns import Source, column_values
 from vit_finetune.data.sources.hub import arrange_columns
+from vit_finetune.data.sources.labels import with_labels
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import RunError

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vit_finetune.publishing.dataset import upload_data
     from vit_finetune.pushing import push_to_hub
     from vit_finetune.recipe import Recipe, load_recipe
+    from vit_finetune.reports import MultiLabelReport
     from vit_finetune.run import Report, Run
     from vit_finetune.training.arguments import ViTTrainingArguments
     from vit_finetune.training.trainer import ViTTrainer
@@ -22,6 +23,7 @@ _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "Run": "run",
+    "MultiLabelReport": "reports",
     "Report": "run",
     "finetune": "finetuning",
     "evaluate": "evaluation.scoring",
@@ -35,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "MultiLabelReport",
     "Recipe",
     "Report",
     "Run",

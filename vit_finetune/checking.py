@@ -8,7 +8,8 @@ from typing import Any
 from vit_finetune.console import say, show_findings, show_table, warn_of_findings
 from vit_finetune.data.checkup.checkup import Checkup, check_up, explain_errors
 from vit_finetune.data.checkup.pictures import load_pictures
-from vit_finetune.data.sources.columns import Source, column_values
+from vit_finetune.data.sources.columns import Source
+from vit_finetune.data.sources.labels import count_labels
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.prepared import PreparedData, prepare_splits
 from vit_finetune.data.streaming.prepared import prepare_stream
@@ -69,7 +70,7 @@ def check(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             warn_of_findings(data.findings.findings[len(checkup.findings) :])  # what carving had to say
         classes = plan_classes(recipe, data)
         teacher = load_teacher(recipe.training, data.labels)
-        model, image_processor = load_model(recipe.model, data.labels)
+        model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
         hardware = plan_hardware(recipe, model, world, teacher=teacher)
@@ -108,10 +109,9 @@ def _show_checkup(recipe: Recipe, source: Source, checkup: Checkup, folder: Path
 
 
 def _show_classes(data: PreparedData) -> None:
-    columns = {name: column_values(split, "label") for name, split in data.splits.items()}
+    columns = {name: count_labels(split) for name, split in data.splits.items()}
     rows: list[list[Any]] = [
-        [label, *(values.count(number) for values in columns.values())]
-        for number, label in enumerate(data.labels)
+        [label, *(counts[number] for counts in columns.values())] for number, label in enumerate(data.labels)
     ]
     shown = rows if len(rows) <= 40 else [*rows[:40], [f"… {len(rows) - 40} more", *([""] * len(columns))]]
     show_table("images by class", ["class", *columns], shown)

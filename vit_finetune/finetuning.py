@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -17,7 +16,7 @@ import datasets
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
-from vit_finetune.console import say, show_table, warn, warn_of_findings
+from vit_finetune.console import say, warn_of_findings
 from vit_finetune.data.batches import naming_loader_errors
 from vit_finetune.data.mixing import build_mixing
 from vit_finetune.data.sources.columns import column_values
@@ -27,11 +26,11 @@ from vit_finetune.data.transforms import (
     EvaluationImages,
     check_image_processor,
 )
-from vit_finetune.evaluation.calibration import HIGHEST, LOWEST, fit_temperature
-from vit_finetune.evaluation.scoring import Scores, compute_label_metrics, save_mistakes, score
-from vit_finetune.files import folder_written_whole, sync, write_json, write_text
+from vit_finetune.evaluation.scoring import compute_label_metrics
+from vit_finetune.files import folder_written_whole, sync, write_json
+from vit_finetune.final_scores import score_splits, show_scores
 from vit_finetune.model.adaptation import adapt
-from vit_finetune.model.loading import load_checkpoint, load_model
+from vit_finetune.model.loading import load_model
 from vit_finetune.model.lora import has_lora, merge_lora, save_adapter
 from vit_finetune.opening import checkpoint_to_resume, how_to_resume, open_run, same_as_before
 from vit_finetune.planning import (
@@ -50,7 +49,7 @@ from vit_finetune.publishing.card import write_card
 from vit_finetune.publishing.report import write_report
 from vit_finetune.pushing import check_destination, push_to_hub
 from vit_finetune.recipe import ModelConfig, Recipe
-from vit_finetune.run import CALIBRATION_KEY, Interrupted, Report, Run, RunError
+from vit_finetune.run import Interrupted, Run, RunError
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
 from vit_finetune.training.distillation import Teacher, load_teacher
@@ -101,7 +100,7 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         classes = plan_classes(recipe, data)
         teacher = load_teacher(recipe.training, data.labels, before)
         set_seed(recipe.training.seed)
-        model, image_processor = load_model(recipe.model, data.labels)
+        model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
         hardware = plan_hardware(recipe, model, world, before, teacher)
@@ -116,12 +115,12 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
             write_json(run.history, ended.history)
             write_json(run.provenance, ended.provenance)
         world.wait()
-        reports = _score(run, recipe, data.splits, model.device, world.is_main)
+        reports = score_splits(run, recipe, data.splits, model.device, world.is_main)
         if world.is_main:
             write_json(run.provenance, ended.provenance | {"scored": run.sum_scored()})
             write_card(run)
             write_report(run)  # last: a run with a report is finished
-            _show_reports(reports, run)
+            show_scores(reports, run)
             say(ended.provenance["verdict"])
         world.wait()
     _push(run, recipe, data.splits.get("test"))  # the other processes need not wait for it
@@ -278,51 +277,6 @@ def _replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _score(
-    run: Run, recipe: Recipe, splits: datasets.DatasetDict, device: torch.device, writes: bool
-) -> dict[str, Report]:
-    """Scores validation and then test, once, with the weights that were saved; writes the reports.
-
-    Where the recipe asks for it, a temperature is fitted in between.
-    """
-    model, image_processor = load_checkpoint(str(run.model))
-    model = model.to(device)
-    reports, temperature = {}, None
-    for name in [name for name in ("validation", "test") if name in splits]:
-        scores = score(model, image_processor, splits[name], name, recipe.evaluation)
-        if recipe.evaluation.calibrate:
-            temperature = temperature or _calibrate(run, scores, writes)
-            scores = scores.calibrated(temperature)
-        reports[name] = scores.report
-        if writes:
-            if name == "test" or "test" not in splits:
-                reports[name] = save_mistakes(scores, splits[name], run)
-                scores.save_predictions(run.predictions(name))
-            write_text(run.report(name), reports[name].to_json())
-    return reports
-
-
-def _calibrate(run: Run, validation: Scores, writes: bool) -> float:
-    """The temperature of the validation images, which joins the saved model's config."""
-    temperature = fit_temperature(validation.label_ids, validation.logits)
-    if writes:
-        file = run.model / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) | {CALIBRATION_KEY: temperature}
-        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
-    if temperature in (LOWEST, HIGHEST):
-        if validation.report.accuracy == 1:
-            reason = "all are predicted rightly, so they do not tell how sure is too sure: validate on more"
-        elif temperature == LOWEST:
-            reason = "its logits are very small: train it longer"
-        else:
-            reason = "it is sure of what it gets wrong: train it longer, or look at its mistakes"
-        warn(
-            f"calibration: the validation images would have the model's temperature beyond {temperature:g}, "
-            f"where the search ends; {reason}"
-        )
-    return temperature
-
-
 def _push(run: Run, recipe: Recipe, test_split: datasets.Dataset | None) -> None:
     """Publishes a finished run where the recipe asks for it.
 
@@ -341,33 +295,3 @@ def _push(run: Run, recipe: Recipe, test_split: datasets.Dataset | None) -> None
     except Exception:  # such as a disk that is full
         say(kept)
         raise
-
-
-def _show_reports(reports: dict[str, Report], run: Run) -> None:
-    show_table(
-        "scores",
-        ["split", "images", "accuracy", "95% interval", "macro F1", "log loss", "ECE"],
-        [
-            [
-                name,
-                f"{report.num_images:,}",
-                f"{report.accuracy:.4f}",
-                f"{report.accuracy_interval[0]:.3f}–{report.accuracy_interval[1]:.3f}",
-                f"{report.macro_f1:.4f}",
-                f"{report.log_loss:.4f}",
-                f"{report.ece:.4f}",
-            ]
-            for name, report in reports.items()
-        ],
-    )
-    for name, report in reports.items():
-        if after := report.calibrated:
-            fitted = ", which the temperature was fitted to" if name == "validation" else ""
-            say(
-                f"calibrated, temperature {after.temperature:.3f}: {name}{fitted}: log loss "
-                f"{report.log_loss:.4f} → {after.log_loss:.4f}, ECE {report.ece:.4f} → {after.ece:.4f}"
-            )
-    if "test" not in reports:
-        warn("there was no test split: the validation score also chose the weights, so it flatters them")
-    say(f"report: {run.report_html}")
-    say(f"model:  {run.model}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import expit
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from vit_finetune.console import progress, say
@@ -21,6 +22,7 @@ from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.streaming.batches import count_batches
 from vit_finetune.data.streaming.prepared import PreparedStream
 from vit_finetune.data.transforms import TrainingImages
+from vit_finetune.evaluation.multi_label import compute_multi_label_metrics
 from vit_finetune.evaluation.scoring import compute_label_metrics
 from vit_finetune.hub_repos import quiet_client
 from vit_finetune.model.loading import describe_model, load_skeleton, quiet_transformers
@@ -89,6 +91,8 @@ def plan_classes(recipe: Recipe, data: PreparedData) -> list[Choice]:
     Raises:
         RunError: weights of classes that the data does not have.
     """
+    if recipe.data.multi_label:  # which refuses both
+        return []
     held = None if isinstance(data, PreparedStream) else column_values(data.splits["train"], "label")
     return describe_classes(recipe.training.class_weights, recipe.data.balanced_sampling, data.labels, held)
 
@@ -240,7 +244,8 @@ def _show_data_and_model(
         counts = {"train": data.train.num_images} | counts
     facts = describe_model(model)
     say(
-        f"data: {data.kind} {recipe.data.path}: {len(data.labels)} classes, "
+        f"data: {data.kind} {recipe.data.path}: {len(data.labels)} "
+        f"{'labels' if recipe.data.multi_label else 'classes'}, "
         + ", ".join(
             f"{name} {'unknown' if count is None else f'{count:,}'}" for name, count in counts.items()
         )
@@ -279,4 +284,6 @@ def validation_metrics(prediction: EvalPrediction) -> dict[str, float]:
             "training diverged: the model answers with NaN or infinity. Lower training.learning_rate, or "
             "raise training.warmup_steps"
         )
+    if prediction.label_ids.ndim == 2:  # images may have several labels: F1 is that at 0.5
+        return compute_multi_label_metrics(prediction.label_ids, expit(prediction.predictions))
     return compute_label_metrics(prediction.predictions.argmax(axis=-1), prediction.label_ids)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
+from vit_finetune.combinations import check_combinations
 from vit_finetune.sections import (
     DROP_PATH_MODELS,
     AugmentationConfig,
@@ -49,7 +50,7 @@ __all__ = [
 
 
 READING = (
-    *("subset", "revision", "image_column", "label_column", "class_folder"),
+    *("subset", "revision", "image_column", "label_column", "multi_label", "class_folder"),
     *("on_unreadable", "exclude", "group"),
 )
 """Keys of `data:` that say what is read; the others say how a run divides and keeps it."""
@@ -57,14 +58,6 @@ READING = (
 
 class RecipeError(ValueError):
     """A recipe, or an override of one, that cannot be used; its text is the whole message for the user."""
-
-
-PROBED_WITHOUT = {
-    "augmentation": ("mixup_alpha", "cutmix_alpha"),
-    "data": ("balanced_sampling", "streaming"),
-    "training": ("ema_decay", "class_weights", "focal_gamma", "early_stopping_patience", "teacher"),
-}
-"""Keys, by section, that `model.method: linear_probe` does not go with."""
 
 
 class Recipe(Section):
@@ -86,59 +79,19 @@ class Recipe(Section):
             section = values.get("training")
             if not isinstance(section, dict | None):
                 return values  # the field's own validation says what is wrong
+            data = values.get("data")
+            several = (
+                data.get("multi_label") if isinstance(data, dict) else getattr(data, "multi_label", None)
+            )
             try:
-                return {**values, "training": training_section().model_validate(section or {})}
+                return {**values, "training": training_section(several is True).model_validate(section or {})}
             except ValidationError as error:
                 raise _Nested("training", error) from None
         return values
 
     @model_validator(mode="after")
-    def _can_be_probed(self) -> Recipe:
-        if self.model.method != "linear_probe":
-            return self
-        for name, keys in PROBED_WITHOUT.items():
-            for key in keys:
-                if getattr(getattr(self, name), key):
-                    raise ValueError(
-                        f"{name}.{key} is about training step by step, and model.method=linear_probe fits "
-                        f"its head to all images at once: leave out one of them, or write model.method=head"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _repeats_what_is_held(self) -> Recipe:
-        for key in ("balanced_sampling", "streaming"):
-            if self.augmentation.repeats > 1 and getattr(self.data, key):
-                raise ValueError(
-                    f"augmentation.repeats and data.{key} both decide which images an epoch reads: leave out "
-                    f"one of them"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _adapts_whole_models(self) -> Recipe:
-        for name in ("fsdp", "deepspeed"):
-            if self.model.method == "lora" and getattr(self.training, name, None):
-                raise ValueError(
-                    f"model.method=lora needs the whole model in each process: leave out training.{name}, or "
-                    f"write another method"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _evens_classes_out_once(self) -> Recipe:
-        if self.training.class_weights != "auto":
-            return self
-        if self.data.balanced_sampling:
-            raise ValueError(
-                "data.balanced_sampling and training.class_weights=auto both even the classes out, and "
-                "together do it twice: leave out one of them"
-            )
-        if self.data.streaming:
-            raise ValueError(
-                "training.class_weights=auto counts the training images, which a stream does not hold: write "
-                "the weights by name ({cat: 2.5, dog: 0.6}), or leave out data.streaming"
-            )
+    def _goes_together(self) -> Recipe:
+        check_combinations(self)
         return self
 
     @property

@@ -31,8 +31,11 @@ class DataConfig(Section):
     """Branch, tag or commit of a Hub dataset."""
     image_column: str | None = None
     """Column of a table or Hub dataset with the image or its file name; found by name and type if unset."""
-    label_column: str | None = None
-    """Column of a table or Hub dataset that holds the class; found by name and type if unset."""
+    label_column: str | list[str] | None = None
+    """Column of a table or Hub dataset that holds the class; found by name and type if unset. With
+    `multi_label`, a column of lists of names; or a list of columns, one per label, that hold 0 or 1."""
+    multi_label: bool = False
+    """Whether an image may have several labels, or none: a table or Hub dataset says which."""
     class_folder: Literal["first", "last"] | None = None
     """Which folder above an image names its class; needed only where folders are nested in two ways."""
     validation_fraction: Fraction = 0.1
@@ -90,6 +93,35 @@ class DataConfig(Section):
         if value is not None and not (match and 1 <= int(match[1]) <= int(match[2]) and int(match[2]) > 1):
             raise ValueError("is a part and the number of parts, at least two: 1/5 to 5/5 for five")
         return value
+
+    @model_validator(mode="after")
+    def _says_several_labels(self) -> DataConfig:
+        if not self.multi_label:
+            if isinstance(self.label_column, list):
+                raise ValueError(
+                    "label_column names one column per label, and images of one class have one column: write "
+                    "multi_label: true, or label_column with one name"
+                )
+            return self
+        if isinstance(self.label_column, list) and len({*self.label_column}) < max(2, len(self.label_column)):
+            raise ValueError(
+                "label_column is a list of at least two columns, each named once; a single column of lists "
+                "is written without brackets"
+            )
+        if self.path == "digits":
+            raise ValueError("each of the `digits` has one class: leave out multi_label")
+        for key in ("streaming", "class_folder", "per_class", "balanced_sampling"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"{key} needs one class per image, so it does not go with multi_label: leave out one of "
+                    f"them"
+                )
+        return self
+
+    @property
+    def class_column(self) -> str | None:
+        """The one column that was asked for; None where none was, or one per label."""
+        return self.label_column if isinstance(self.label_column, str) else None
 
     @model_validator(mode="after")
     def _splits_say_all(self) -> DataConfig:

@@ -74,8 +74,11 @@ class TrainingConfig(Section):
     save_strategy: str = "epoch"
     save_total_limit: Positive | None = 2
     load_best_model_at_end: bool = True
-    metric_for_best_model: Literal["accuracy", "macro_f1", "balanced_accuracy", "loss"] = "accuracy"
-    """Of the validation images; chooses the published weights."""
+    metric_for_best_model: Literal[
+        "accuracy", "macro_f1", "balanced_accuracy", "loss", "mean_average_precision", "micro_f1"
+    ] = "accuracy"
+    """Of the validation images; chooses the published weights. With `data.multi_label`:
+    `mean_average_precision`, which is then the default, `macro_f1`, `micro_f1` or `loss`."""
     early_stopping_patience: Positive | None = None
     """Evaluations in a row without a better score than before that end training; `null` trains to the end."""
     optim: str = "adamw_torch_fused"
@@ -160,9 +163,19 @@ REFUSED_TRAINING_KEYS = {
 """Fields of TrainingArguments that a recipe says elsewhere or not at all; and what to write."""
 
 
+METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "loss")
+"""Words of `metric_for_best_model` where images have one class."""
+MULTI_LABEL_METRICS = ("mean_average_precision", "macro_f1", "micro_f1", "loss")
+"""Likewise with `data.multi_label`; the first is the default."""
+
+
 @functools.cache
-def training_section() -> type[TrainingConfig]:
-    """`TrainingConfig` with the other fields of the installed `transformers.TrainingArguments`."""
+def training_section(multi_label: bool = False) -> type[TrainingConfig]:
+    """`TrainingConfig` with the other fields of the installed `transformers.TrainingArguments`.
+
+    Args:
+        multi_label: whether the recipe's images may have several labels, which have a metric of their own.
+    """
     fields: dict[str, Any] = {}
     for name, (kind, default) in read_trainer_fields().items():
         if name.startswith(("hub_", "trackio_")) or name in REFUSED_TRAINING_KEYS:
@@ -172,4 +185,7 @@ def training_section() -> type[TrainingConfig]:
             fields[name] = (kind, default)
         elif get_args(kind):  # one of a few words: the Trainer's words, our default
             fields[name] = (kind, ours.default)
+    if multi_label:
+        words = TrainingConfig.model_fields["metric_for_best_model"].annotation
+        fields["metric_for_best_model"] = (words, MULTI_LABEL_METRICS[0])
     return create_model("TrainingConfig", __base__=TrainingConfig, __module__=__name__, **fields)

@@ -150,7 +150,7 @@ def _plan(recipe: Recipe, data: PreparedData, world: World, trials: int) -> dict
     epochs = training.num_train_epochs * trials  # what a cache is read for
     shown = recipe.model_copy(update={"training": training.model_copy(update={"num_train_epochs": epochs})})
     set_seed(training.seed)
-    model, image_processor = load_model(recipe.model, data.labels)
+    model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
     check_image_processor(image_processor)
     adapt(model, recipe.model)
     teacher = load_teacher(training, data.labels)
@@ -207,7 +207,7 @@ def _train(search: _Search, recipe: Recipe, trial: Any) -> float:
     """
     training, data = recipe.training, search.data
     set_seed(training.seed)
-    model, image_processor = load_model(recipe.model, data.labels)
+    model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
     adapt(model, recipe.model)
     teacher = load_teacher(training, data.labels)
     hardware = plan_hardware(recipe, model, search.world, teacher=teacher)

@@ -25,6 +25,7 @@ from vit_finetune.data.augmentation import Augmentation, generator_of
 from vit_finetune.data.cache import PixelCache, cached_edge, shrink
 from vit_finetune.data.images import EncodedImage, UnreadableImage
 from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.sources.labels import is_multi_label, label_names
 from vit_finetune.data.sources.webdataset import read_encoded
 from vit_finetune.recipe import AugmentationConfig
 from vit_finetune.run import RunError
@@ -110,7 +111,7 @@ class ImageFiles(Dataset[torch.Tensor]):
 class EvaluationImages(Dataset[dict[str, Any]]):
     """A split as evaluation and serving see it: the image processor's resizing and cropping, nothing random.
 
-    Items are `pixel_values`, uint8 `(3, height, width)`, and `labels`, a class id.
+    Items are `pixel_values`, uint8 `(3, height, width)`, and `labels`, as `target_of` has them.
 
     Args:
         split: columns image and label.
@@ -119,6 +120,7 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
     def __init__(self, split: datasets.Dataset, image_processor: BaseImageProcessor) -> None:
         self.files, self.labels = ImageFiles(split), column_values(split, "label")
+        self.classes = count_targets(split)
         self.image_processor = image_processor
 
     def __len__(self) -> int:
@@ -129,13 +131,14 @@ class EvaluationImages(Dataset[dict[str, Any]]):
             image = self.files[index]
         except (OSError, UnreadableImage) as error:
             raise self.files.explain(index, error) from None
-        return {"pixel_values": resize(image, self.image_processor), "labels": self.labels[index]}
+        labels = target_of(self.labels[index], self.classes)
+        return {"pixel_values": resize(image, self.image_processor), "labels": labels}
 
 
 class TrainingImages(Dataset[dict[str, Any]]):
     """A split as training sees it: augmented by seed and `TrainingIndex` alone, by which it is read.
 
-    Items are `pixel_values`, uint8 `(3, height, width)`, and `labels`, a class id.
+    Items are `pixel_values`, uint8 `(3, height, width)`, and `labels`, as `target_of` has them.
 
     Args:
         split: columns image and label.
@@ -157,7 +160,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
         balanced: bool = False,
     ) -> None:
         self.files, self.labels, self.seed = ImageFiles(split), column_values(split, "label"), seed
-        self.balanced = balanced
+        self.balanced, self.classes = balanced, count_targets(split)
         self.pictures, self.processor = self.files, image_processor
         self.augment = build_augmentation(config, image_processor)
 
@@ -168,7 +171,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
         key = TrainingIndex(*key)
         index = key.row
         if index == NO_IMAGE:
-            return filling(self.augment.size)
+            return filling(self.augment.size, self.classes)
         generator = generator_of(self.seed, key.epoch, key.key)
         try:
             picture = self.pictures.open(index)
@@ -178,7 +181,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
                 image = read_varied(picture, self.augment, generator)
         except (OSError, UnreadableImage) as error:
             raise self.files.explain(index, error) from None
-        return {"pixel_values": image, "labels": self.labels[index]}
+        return {"pixel_values": image, "labels": target_of(self.labels[index], self.classes)}
 
     @property
     def is_cached(self) -> bool:
@@ -255,13 +258,34 @@ def build_augmentation(config: AugmentationConfig, image_processor: BaseImagePro
     )
 
 
-def filling(size: tuple[int, int]) -> dict[str, Any]:
-    """What stands in a batch where there is no image: black, and without a label.
+def count_targets(split: datasets.Dataset) -> int | None:
+    """How many labels an image may have; None where it has one class."""
+    return len(label_names(split)) if is_multi_label(split) else None
+
+
+def target_of(label: Any, classes: int | None) -> Any:
+    """What an item says of its image's label: the class id; or float32 `(classes,)`, 1 for each that it has.
+
+    Args:
+        label: class id, or a list of label ids.
+        classes: of several labels, their number.
+    """
+    if classes is None:
+        return label
+    target = torch.zeros(classes)
+    target[label] = 1
+    return target
+
+
+def filling(size: tuple[int, int], classes: int | None = None) -> dict[str, Any]:
+    """What stands in a batch where there is no image: black, and without a label (`NO_LABEL`).
 
     Args:
         size: height and width in pixels.
+        classes: of several labels, their number.
     """
-    return {"pixel_values": torch.zeros(3, *size, dtype=torch.uint8), "labels": NO_LABEL}
+    labels = NO_LABEL if classes is None else torch.full((classes,), float(NO_LABEL))
+    return {"pixel_values": torch.zeros(3, *size, dtype=torch.uint8), "labels": labels}
 
 
 def cores_here() -> int:
@@ -313,8 +337,12 @@ def normalize(pixel_values: torch.Tensor, image_processor: BaseImageProcessor) -
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch: `pixel_values`, uint8 `(batch, 3, height, width)`, and `labels`, int64 `(batch,)`."""
+    """A batch: `pixel_values`, uint8 `(batch, 3, height, width)`, and `labels`, int64 `(batch,)`.
+
+    With several labels, float32 `(batch, classes)`.
+    """
+    labels = [item["labels"] for item in items]
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-        "labels": torch.tensor([item["labels"] for item in items]),
+        "labels": torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.tensor(labels),
     }

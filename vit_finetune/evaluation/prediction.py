@@ -14,8 +14,9 @@ from vit_finetune.data.images import UnreadableImage, decode_image
 from vit_finetune.data.sources.folders import is_image_name, walk_files
 from vit_finetune.data.transforms import resize
 from vit_finetune.evaluation.calibration import temper, temperature_of
-from vit_finetune.evaluation.scoring import best_device, predict_logits
-from vit_finetune.model.loading import load_checkpoint
+from vit_finetune.evaluation.multi_label import read_thresholds
+from vit_finetune.evaluation.scoring import best_device, predict_logits, probabilities_of
+from vit_finetune.model.loading import is_multi_label, load_checkpoint
 from vit_finetune.run import Run, RunError
 
 
@@ -52,7 +53,8 @@ def predict(
 
     Returns:
         For each image `path`, and `predictions`: `label` and `probability` in [0, 1], the most probable
-        first.
+        first. Of a model for several labels, each with its `threshold`, and `labels`: the names of all that
+        reach theirs, in id order.
 
     Raises:
         RunError: no model there, or it has no temperature; or an image that is missing or cannot be read.
@@ -74,18 +76,21 @@ def predict(
     model = model.to(best_device())
     files = _Files(paths, image_processor)
     logits = predict_logits(model, image_processor, files, 32, "predicting")
-    if temperature:
-        rows = torch.from_numpy(temper(logits, temperature))
-    else:
-        rows = torch.from_numpy(logits).softmax(dim=-1)
-    values, classes = rows.topk(min(top, rows.shape[1]), dim=1)  # (images, top)
-    return [
-        {
-            "path": str(path),
-            "predictions": [
-                {"label": model.config.id2label[number], "probability": probability}
-                for number, probability in zip(numbers, probabilities)
-            ],
-        }
-        for path, numbers, probabilities in zip(paths, classes.tolist(), values.tolist())
-    ]
+    rows = torch.from_numpy(temper(logits, temperature) if temperature else probabilities_of(logits, model))
+    thresholds = read_thresholds(model.config).tolist() if is_multi_label(model) else None
+    names = model.config.id2label
+    answers: list[dict[str, Any]] = []
+    for path, row in zip(paths, rows):
+        values, classes = row.topk(min(top, len(row)))
+        predictions = [
+            {"label": names[number], "probability": value}
+            for number, value in zip(classes.tolist(), values.tolist())
+        ]
+        answer: dict[str, Any] = {"path": str(path), "predictions": predictions}
+        if thresholds is not None:
+            for prediction, number in zip(predictions, classes.tolist()):
+                prediction["threshold"] = thresholds[number]
+            pairs = enumerate(zip(row.tolist(), thresholds))
+            answer["labels"] = [names[number] for number, (value, threshold) in pairs if value >= threshold]
+        answers.append(answer)
+    return answers

@@ -21,9 +21,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from vit_finetune.console import progress
 from vit_finetune.data.checkup.checkup import leave_out_unreadable
-from vit_finetune.data.sources.columns import column_values, with_labels
+from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.folders import ALL
 from vit_finetune.data.sources.hub import is_hub_id
+from vit_finetune.data.sources.labels import label_names, multi_hot, with_labels
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.prepared import fingerprint, pinned
 from vit_finetune.data.streaming.prepared import prepare_data
@@ -37,10 +38,12 @@ from vit_finetune.evaluation.metrics import (
     log_loss,
     top_k_accuracy,
 )
+from vit_finetune.evaluation.multi_label import build_multi_label_report, read_thresholds, tune_thresholds
 from vit_finetune.files import written_whole
 from vit_finetune.hub_repos import parse_hub_id, quiet_client
-from vit_finetune.model.loading import load_checkpoint
+from vit_finetune.model.loading import is_multi_label, load_checkpoint
 from vit_finetune.recipe import DataConfig, EvaluationConfig, load_recipe
+from vit_finetune.reports import AnyReport, MultiLabelReport
 from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
 
 PICTURE_PIXELS = 224
@@ -51,14 +54,14 @@ PICTURE_PIXELS = 224
 class Scores:
     """A report and what it was computed from, row by row."""
 
-    report: Report
+    report: AnyReport
     ids: list[str]
     label_ids: np.ndarray
-    """int64 `(images,)`."""
+    """int64 `(images,)`; with several labels 1 where an image has one, float32 `(images, classes)`."""
     probabilities: np.ndarray
     """float32 `(images, classes)`, in label order."""
     logits: np.ndarray
-    """The same before softmax."""
+    """The same before softmax or sigmoid."""
 
     def calibrated(self, temperature: float) -> Scores:
         """The same with a report that also tells what dividing the logits by a temperature makes of them."""
@@ -68,11 +71,20 @@ class Scores:
     def save_predictions(self, path: Path) -> None:
         """Writes id, label, predicted and probabilities as Parquet."""
         names = np.asarray(self.report.labels, dtype=object)
+        if isinstance(self.report, MultiLabelReport):
+            thresholds = [score.threshold for score in self.report.per_class.values()]
+            kind: pa.DataType = pa.list_(pa.string())
+            label = [names[row == 1].tolist() for row in self.label_ids]
+            predicted = [names[row >= thresholds].tolist() for row in self.probabilities]
+        else:
+            kind = pa.string()
+            label = names[self.label_ids].tolist()
+            predicted = names[self.probabilities.argmax(axis=1)].tolist()
         table = pa.table(
             {
                 "id": self.ids,
-                "label": names[self.label_ids].tolist(),
-                "predicted": names[self.probabilities.argmax(axis=1)].tolist(),
+                "label": pa.array(label, kind),
+                "predicted": pa.array(predicted, kind),
                 "probabilities": list(self.probabilities),
             }
         )
@@ -89,7 +101,8 @@ def score(
 ) -> Scores:
     """The report of a model on a split: each image counts once, at any batch size and number of processes.
 
-    Computed in float32, as a pipeline does: these are the probabilities that serving gives.
+    With several labels it is that of the thresholds in the model's config, or 0.5. Computed in float32, as a
+    pipeline does: these are the probabilities that serving gives.
 
     Args:
         model: on the device to compute on.
@@ -102,11 +115,46 @@ def score(
     # On a CPU loader processes would take the cores that compute.
     workers = 0 if model.device.type == "cpu" else min(8, max(1, cores_here() - 1))
     logits = predict_logits(model, image_processor, images, config.batch_size, f"scoring {name}", workers)
-    probabilities = torch.from_numpy(logits).softmax(dim=-1).numpy()
+    probabilities = probabilities_of(logits, model)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    ids, labels = column_values(split, "id"), np.asarray(images.labels)
-    report = build_report(name, ids, labels, probabilities, names, config.num_mistakes)
+    ids = column_values(split, "id")
+    if is_multi_label(model):
+        labels = multi_hot(images.labels, len(names))
+        report: AnyReport = build_multi_label_report(
+            name, ids, labels, probabilities, names, read_thresholds(model.config), config.num_mistakes
+        )
+    else:
+        labels = np.asarray(images.labels)
+        report = build_report(name, ids, labels, probabilities, names, config.num_mistakes)
     return Scores(report, ids, labels, probabilities, logits)
+
+
+def tune(scores: Scores, model: PreTrainedModel, config: EvaluationConfig) -> Scores:
+    """The scores at the thresholds that are best on these images; the model's config has them afterwards.
+
+    Args:
+        scores: of the validation images, which may have several labels.
+        model: whose they are.
+        config: the recipe's section.
+    """
+    model.config.thresholds = tune_thresholds(scores.label_ids, scores.probabilities)
+    report = build_multi_label_report(
+        scores.report.split,
+        scores.ids,
+        scores.label_ids,
+        scores.probabilities,
+        scores.report.labels,
+        read_thresholds(model.config),
+        config.num_mistakes,
+    )
+    return replace(scores, report=report)
+
+
+def probabilities_of(logits: np.ndarray, model: PreTrainedModel) -> np.ndarray:
+    """What a model's logits say, as a pipeline has it, in the same shape: of each label its own probability
+    where images may have several, else of each class its share."""
+    values = torch.from_numpy(logits)
+    return (values.sigmoid() if is_multi_label(model) else values.softmax(dim=-1)).numpy()
 
 
 def predict_logits(
@@ -117,7 +165,7 @@ def predict_logits(
     description: str,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """A model's answers before softmax, float32 `(images, classes)`, in the order of the images.
+    """A model's answers before softmax or sigmoid, float32 `(images, classes)`, in the images' order.
 
     Under a launcher every process computes a share and all get the whole.
 
@@ -227,7 +275,7 @@ def compute_label_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str
     return scores
 
 
-def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> Report:
+def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> AnyReport:
     """Writes a picture of each of the worst mistakes into the run; answers the report that names them."""
     files = ImageFiles(split)
     row_of = {identity: row for row, identity in enumerate(scores.ids)}
@@ -251,7 +299,7 @@ def evaluate(
     split: str = "test",
     config: EvaluationConfig | None = None,
     calibrated: bool = False,
-) -> Report:
+) -> AnyReport:
     """A fresh report of a finished run or a saved model.
 
     Args:
@@ -282,12 +330,12 @@ def evaluate(
             )
         images = own_split(run, split)
     else:
-        other = _other_data(own, data)
+        other = _other_data(own, data, labels if is_multi_label(model) else None)
         with quiet_client():
             splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
         images = _take(splits, split, data)
-    _check_classes(labels, images.features["label"].names, data or str(target))
+    _check_classes(labels, label_names(images), data or str(target))
     scores = score(model, image_processor, with_labels(images, labels), split, config or EvaluationConfig())
     return (scores.calibrated(temperature) if temperature else scores).report
 
@@ -318,11 +366,18 @@ def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> dat
     return splits[split]
 
 
-def _other_data(own: DataConfig | None, data: str) -> DataConfig:
-    """The images that `--data` names, read as the run's own were as far as that has a meaning there."""
+def _other_data(own: DataConfig | None, data: str, several: list[str] | None = None) -> DataConfig:
+    """The images that `--data` names, read as the run's own were as far as that has a meaning there.
+
+    Args:
+        own: the run's; None of a model without a run.
+        data: a data source.
+        several: the model's labels, where an image may have several: in a .csv each has a column.
+    """
     path, revision = parse_hub_id(data) or (data, None)
     if own is None:
-        return DataConfig(path=path, revision=revision)
+        columns = several if path.lower().endswith(".csv") else None
+        return DataConfig(path=path, revision=revision, multi_label=several is not None, label_column=columns)
     # Groups decide what is carved apart, and nothing is carved here; nor is anything excluded.
     changes = {"path": path, "group": None, "revision": revision or own.revision}
     if path != own.path and (is_hub_id(path) or is_hub_id(own.path)):

@@ -17,11 +17,14 @@ from transformers import pipeline
 from vit_finetune.console import progress
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.folders import first_of
+from vit_finetune.data.sources.labels import multi_hot
 from vit_finetune.data.transforms import ImageFiles
+from vit_finetune.evaluation.multi_label import compare_labels
 from vit_finetune.evaluation.scoring import best_device, compute_label_metrics
 from vit_finetune.model.loading import load_checkpoint, quiet_transformers
 from vit_finetune.model.lora import is_adapter
-from vit_finetune.run import Report, Run, RunError
+from vit_finetune.reports import AnyReport, MultiLabelReport, load_report
+from vit_finetune.run import Run, RunError
 
 SAMPLE = 64
 """Test images that are scored anew unless all are asked for."""
@@ -52,7 +55,7 @@ def verify_scores(model: Path, split: datasets.Dataset, run: Run, whole: bool) -
         RunError: it does not agree, or the predictions are not those that the report is of.
     """
     table = pyarrow.parquet.read_table(run.predictions("test"))
-    report = Report.load(run.report("test"))
+    report = load_report(run.report("test"))
     scored = dict(zip(table["id"].to_pylist(), np.stack(table["probabilities"].to_numpy())))
     _check_predictions(table, report)
     ids = column_values(split, "id")
@@ -74,20 +77,27 @@ def verify_scores(model: Path, split: datasets.Dataset, run: Run, whole: bool) -
     return Verified(len(rows), float(differences[worst]))
 
 
-def _check_predictions(table: pyarrow.Table, report: Report) -> None:
+def _check_predictions(table: pyarrow.Table, report: AnyReport) -> None:
     """Raises RunError unless the report's scores are those of the predictions."""
     number = {label: row for row, label in enumerate(report.labels)}
-    predicted, labels = (
-        np.asarray([number[name] for name in table[column].to_pylist()]) for column in ("predicted", "label")
-    )
-    again = compute_label_metrics(predicted, labels)
-    if not np.isclose(again["accuracy"], report.accuracy) or not np.isclose(
-        again["macro_f1"], report.macro_f1
-    ):
-        raise RunError(
-            f"the report's accuracy is {report.accuracy:.4f}, that of the predictions beside it "
-            f"{again['accuracy']:.4f}: they are not of the same model"
+    columns = [table[name].to_pylist() for name in ("predicted", "label")]
+    if isinstance(report, MultiLabelReport):
+        predicted, labels = (
+            multi_hot([[number[name] for name in names] for names in column], len(number))
+            for column in columns
         )
+        again = compare_labels(labels, predicted.astype(int))
+        compared = ["exact_match", "micro_f1", "macro_f1"]
+    else:
+        predicted, labels = (np.asarray([number[name] for name in column]) for column in columns)
+        again = compute_label_metrics(predicted, labels)
+        compared = ["accuracy", "macro_f1"]
+    for name in compared:
+        if not np.isclose(again[name], getattr(report, name)):
+            raise RunError(
+                f"the report's {name.replace('_', ' ')} is {getattr(report, name):.4f}, that of the "
+                f"predictions beside it {again[name]:.4f}: they are not of the same model"
+            )
 
 
 def _classify(model: Path, split: datasets.Dataset, rows: list[int] | range, labels: list[str]) -> np.ndarray:

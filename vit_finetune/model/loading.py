@@ -47,7 +47,10 @@ HEADS = re.compile(r"(^|\.)(classifier|cls_classifier|distillation_classifier|he
 
 
 def load_model(
-    config: ModelConfig, labels: Sequence[str], attn_implementation: str | None = None
+    config: ModelConfig,
+    labels: Sequence[str],
+    attn_implementation: str | None = None,
+    multi_label: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A classifier of these classes, in float32, and the image processor that goes with it.
 
@@ -59,13 +62,15 @@ def load_model(
         config: the recipe's section.
         labels: class names in id order.
         attn_implementation: transformers' name of the attention kernel; its own choice if None.
+        multi_label: whether an image may have several of them; the config says so, which makes pipelines
+            give each label a probability of its own.
 
     Raises:
         RunError: no such checkpoint, no safetensors weights, weights that do not fit, an unknown
             key of `config`, or an image size that the patches do not divide.
     """
     if config.config is not None:
-        model_config = _build_config(config, labels)
+        model_config = _build_config(config, labels, multi_label)
         model = _class_of(model_config)._from_config(model_config, attn_implementation=attn_implementation)
         return model, build_processor(config, side_lengths(model_config.image_size), None)
     assert config.path is not None
@@ -74,8 +79,7 @@ def load_model(
         pretrained = _read_config(path)
         _check_weights(path)
         target = copy.deepcopy(pretrained)
-        _set_labels(target, labels)
-        target.__dict__.pop(CALIBRATION_KEY, None)  # of the weights as they were
+        _set_labels(target, labels, multi_label)
         own_head = dict(pretrained.id2label) == dict(target.id2label)
         model, info = _from_pretrained(_class_of(pretrained), path, target, attn_implementation)
         _check_fit(path, model, info, head_may_be_new=not own_head)
@@ -131,10 +135,13 @@ def _load_beside_base(folder: Path) -> tuple[PreTrainedModel, BaseImageProcessor
         processor = read_processor(str(folder))
     labels = [config.id2label[number] for number in range(config.num_labels)]
     settings = read_adapter(folder, processor_size(processor))
-    model, _ = load_model(settings, labels)
+    model, _ = load_model(settings, labels, multi_label=config.problem_type == MULTI_LABEL)
     add_lora(model, settings)
     load_adapter(model, folder)
     merge_lora(model)
+    for key in FOUND:
+        if hasattr(config, key):
+            setattr(model.config, key, getattr(config, key))
     return model.eval(), processor
 
 
@@ -162,7 +169,7 @@ def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 # --------------------------------------------------------------------------- from scratch
 
 
-def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfig:
+def _build_config(config: ModelConfig, labels: Sequence[str], multi_label: bool) -> PreTrainedConfig:
     values = dict(config.config or {})
     model_type = str(values.pop("model_type", "vit"))
     if config.image_size is not None:
@@ -199,15 +206,30 @@ def _build_config(config: ModelConfig, labels: Sequence[str]) -> PreTrainedConfi
     size = side_lengths(getattr(built, "image_size", None) or 224)
     check_divides(built, size)
     built.image_size = compact_size(size)
-    _set_labels(built, labels)
+    _set_labels(built, labels, multi_label)
     return built
 
 
-def _set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
+MULTI_LABEL = "multi_label_classification"
+"""transformers' `problem_type` of a model whose images may have several labels."""
+
+
+FOUND = (CALIBRATION_KEY, "thresholds")
+"""Keys of a config that hold what was found on the validation images, with these weights."""
+
+
+def is_multi_label(model: PreTrainedModel) -> bool:
+    """Whether a model gives each label a probability of its own."""
+    return bool(model.config.problem_type == MULTI_LABEL)
+
+
+def _set_labels(config: PreTrainedConfig, labels: Sequence[str], multi_label: bool) -> None:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     # Written down, because the first loss computed would otherwise decide it by the labels' type.
-    config.problem_type = "single_label_classification"
+    config.problem_type = MULTI_LABEL if multi_label else "single_label_classification"
+    for key in FOUND:
+        config.__dict__.pop(key, None)  # a checkpoint's
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

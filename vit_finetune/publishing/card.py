@@ -12,9 +12,15 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from vit_finetune.files import write_text
+from vit_finetune.publishing.limits import find_limits
 from vit_finetune.publishing.markdown import MOST_NAMED, build_environment, join_card, join_tags, read_card
+from vit_finetune.publishing.multi_label import (
+    METRICS,
+    label_metrics,
+    label_score_rows,
+    multi_label_reports,
+)
 from vit_finetune.publishing.record import (
-    FEW_IMAGES,
     Record,
     bin_count,
     class_rows,
@@ -22,14 +28,11 @@ from vit_finetune.publishing.record import (
     hub_id,
     interval,
     load_record,
-    mean_confidence,
     memory,
-    most_confused,
     one_line,
     percent,
     pixels,
     score_rows,
-    worst_by_recall,
 )
 from vit_finetune.publishing.redaction import (
     Markdown,
@@ -40,6 +43,7 @@ from vit_finetune.publishing.redaction import (
 )
 from vit_finetune.publishing.usage import NOWHERE, calibrated_usage, usage
 from vit_finetune.recipe import HubConfig
+from vit_finetune.reports import AnyReport, MultiLabelReport
 from vit_finetune.run import TOLD, Finding, Report, Run, RunError
 
 TRAINED = {
@@ -124,7 +128,7 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
     environment.filters.update(
         percent=percent, interval=interval, duration=duration, memory=memory, pixels=pixels
     )
-    report = record.headline
+    report, several = record.headline, multi_label_reports(record)
     # Without `hub:`, so that who repeats it does not push to this place, or read of another one.
     set_keys = {section: keys for section, keys in record.own_recipe.items() if section != "hub"}
     own = yaml.safe_dump(values_without_paths(set_keys), sort_keys=False, allow_unicode=True, width=100)
@@ -136,12 +140,13 @@ def build_card(run: Run, hub: HubConfig | None = None, edited: Sequence[str] = (
         report=report,
         labels=report.labels if report else record.provenance.get("labels") or [],
         classes=class_rows(report) if report else [],
-        limits=_limits(report) if report else [],
+        limits=find_limits(report) if report else [],
         base_model=values_without_paths(record.model.get("base_model")),
         trained=TRAINED[record.model.get("method", "full")],
         data_name=_dataset_name(record),
         dataset=_dataset_id(record),
-        scores=score_rows(record),
+        scores=label_score_rows(several) if several else score_rows(record),
+        multi_label=bool(several),
         facts=_facts(record),
         calibrated_usage=fenced(calibrated_usage(record), "python"),
         usage=fenced(usage(record), "python"),
@@ -220,10 +225,16 @@ def _metadata(record: Record) -> ModelCardData:
         base_model=base_model,
         datasets=[dataset] if dataset else None,
         tags=list(dict.fromkeys(["vision", "image-classification", "vit-finetune", *own_tags])),
-        metrics=["accuracy", "f1"] if record.headline else None,
+        metrics=_metric_ids(record),
         model_name=_model_name(record),
         eval_results=_eval_results(record, record.headline, dataset) if record.headline else None,
     )
+
+
+def _metric_ids(record: Record) -> list[str] | None:
+    if record.headline is None:
+        return None
+    return METRICS if multi_label_reports(record) else ["accuracy", "f1"]
 
 
 def _dataset_id(record: Record) -> str | None:
@@ -242,11 +253,9 @@ def _dataset_name(record: Record) -> str:
     )
 
 
-def _eval_results(record: Record, report: Report, dataset: str | None) -> list[EvalResult]:
-    """The report's scores for the model-index; interval and number of images are the metrics' arguments."""
+def _class_metrics(report: Report, what: str) -> list[tuple[str, str, float, dict[str, Any]]]:
+    """The scores for the model-index: type, name (followed by `what`), value and arguments of each."""
     low, high = report.accuracy_interval
-    kind_of_data = record.data.get("path") if record.data.get("source") == "built-in" else "imagefolder"
-    what = "" if report.split == "test" else f" on the {report.split} split"
     scores: list[tuple[str, str, float, dict[str, Any]]] = [
         (
             "accuracy",
@@ -261,6 +270,16 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
     ]
     if report.top_5_accuracy is not None:
         scores.insert(1, ("top_5_accuracy", f"Top-5 accuracy{what}", report.top_5_accuracy, {"k": 5}))
+    return scores
+
+
+def _eval_results(record: Record, report: AnyReport, dataset: str | None) -> list[EvalResult]:
+    """The report's scores for the model-index; interval and number of images are the metrics' arguments."""
+    kind_of_data = record.data.get("path") if record.data.get("source") == "built-in" else "imagefolder"
+    what = "" if report.split == "test" else f" on the {report.split} split"
+    scores = (
+        label_metrics(report, what) if isinstance(report, MultiLabelReport) else _class_metrics(report, what)
+    )
     return [
         EvalResult(
             task_type="image-classification",
@@ -280,7 +299,7 @@ def _eval_results(record: Record, report: Report, dataset: str | None) -> list[E
 
 
 def build_eval_entries(run: Run) -> dict[str, str]:
-    """The Hub's `.eval_results/*.yaml`, by path: the test accuracy, for the leaderboard of the dataset.
+    """The Hub's `.eval_results/*.yaml`, by path: the test's first score, for the leaderboard of the dataset.
 
     Only where the data is a Hub dataset with a test split of its own: another one is nobody's benchmark.
     Value in [0, 1]; form: https://huggingface.co/docs/hub/eval-results.
@@ -290,74 +309,20 @@ def build_eval_entries(run: Run) -> dict[str, str]:
     splits = record.data.get("splits") or {}
     if dataset is None or test is None or (splits.get("test") or {}).get("origin") != "source":
         return {}
-    low, high = test.accuracy_interval
+    if isinstance(test, MultiLabelReport):
+        value = test.mean_average_precision
+        notes = f"Mean average precision on the test split, {test.num_images} images"
+    else:
+        low, high = test.accuracy_interval
+        value = test.accuracy
+        notes = f"Accuracy on the test split, {test.num_images} images, 95% interval {low:.4f} to {high:.4f}"
     entry = EvalResultEntry(
         dataset_id=dataset,
         task_id=record.setting("data", "subset") or "default",
-        value=test.accuracy,
+        value=value,
         dataset_revision=_dataset_revision(record),
         date=str(record.provenance.get("created") or "")[:10] or None,
-        notes=f"Accuracy on the test split, {test.num_images} images, 95% interval {low:.4f} to {high:.4f}",
+        notes=notes,
     )
     name = f".eval_results/{dataset.replace('/', '--')}.yaml"
     return {name: yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)}
-
-
-# --------------------------------------------------------------------------- limits
-
-
-def _limits(report: Report) -> list[str]:
-    """Sentences about where the model fails, each with the numbers that it rests on."""
-    return [
-        sentence
-        for sentence in (_missed(report), _mixed_up(report), _rarely_seen(report), _calibrated(report))
-        if sentence
-    ]
-
-
-def _missed(report: Report) -> str:
-    rows = worst_by_recall(report, 5)
-    if not rows:
-        return f"No image of the {report.split} split was misclassified, so these numbers show no weak class."
-    listed = "; ".join(
-        f"{row.name}: {percent(row.recall)} ({row.correct} of {row.support}, 95% interval "
-        f"{interval(row.recall_interval)})"
-        for row in rows
-    )
-    return f"Lowest recall: {listed}."
-
-
-def _mixed_up(report: Report) -> str | None:
-    pairs = most_confused(report, 5)
-    listed = "; ".join(f"{p.label} taken for {p.predicted}, {p.count} of {p.support} images" for p in pairs)
-    return f"Most confused: {listed}." if pairs else None
-
-
-def _rarely_seen(report: Report) -> str | None:
-    few = [row for row in class_rows(report) if row.support < FEW_IMAGES]
-    if not few:
-        return None
-    named = "; ".join(f"{row.name}: {row.support}" for row in sorted(few, key=lambda row: row.support)[:10])
-    if len(few) > 10:
-        named += f"; and {len(few) - 10} more"
-    return (
-        f"{len(few)} of {len(report.labels)} classes {'has' if len(few) == 1 else 'have'} fewer than "
-        f"{FEW_IMAGES} images in the {report.split} split, "
-        f"too few for a certain score of their own ({named})."
-    )
-
-
-def _calibrated(report: Report) -> str | None:
-    confidence = mean_confidence(report)
-    if confidence is None:
-        return None
-    low, high = report.accuracy_interval
-    if low <= confidence <= high:
-        finding = "the difference is within the accuracy's 95% interval"
-    else:
-        finding = f"it is {'surer' if confidence > high else 'less sure'} than it should be"
-    return (
-        f"Calibration: the mean probability of the predicted class is {percent(confidence)} where "
-        f"the accuracy is {percent(report.accuracy)}; {finding}. "
-        f"Expected calibration error {percent(report.ece)}."
-    )

@@ -77,17 +77,27 @@ def draw_losses(history: Sequence[dict[str, Any]], chosen_epoch: float | None) -
 
 def draw_accuracy(history: Sequence[dict[str, Any]], chosen_epoch: float | None) -> str | None:
     """Validation accuracy by epoch; None where the log has none."""
-    points = [(epoch, 100 * value) for epoch, value in _series(history, "eval_accuracy")]
+    return _draw_score(history, chosen_epoch, "accuracy")
+
+
+def draw_average_precision(history: Sequence[dict[str, Any]], chosen_epoch: float | None) -> str | None:
+    """Validation's mean average precision by epoch; None where the log has none."""
+    return _draw_score(history, chosen_epoch, "mean_average_precision")
+
+
+def _draw_score(history: Sequence[dict[str, Any]], chosen_epoch: float | None, name: str) -> str | None:
+    points = [(epoch, 100 * value) for epoch, value in _series(history, f"eval_{name}")]
     if not points:
         return None
-    with _style("accuracy"):
-        figure, axes = _figure(3.7, 2.7, "Epoch", "Validation accuracy (%)")
+    words = name.replace("_", " ")
+    with _style(name):
+        figure, axes = _figure(3.7, 2.7, "Epoch", f"Validation {words} (%)")
         axes.plot(*zip(*points), color=ORANGE, linewidth=1.6, marker="o", markersize=3)
         axes.set_ylim(top=min(100.5, max(value for _, value in points) + 5))
         _mark_epoch(axes, chosen_epoch)
         if chosen_epoch is not None:
             axes.legend(loc="lower right")
-        return _svg(figure, "accuracy", "Validation accuracy by epoch")
+        return _svg(figure, name, f"Validation {words} by epoch")
 
 
 def draw_learning_rate(history: Sequence[dict[str, Any]]) -> str | None:

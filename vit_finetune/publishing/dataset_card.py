@@ -9,12 +9,11 @@ from importlib.metadata import version
 from typing import Any
 
 import datasets
-import numpy as np
 from huggingface_hub import DatasetCardData
 
 from vit_finetune.data.checkup.checkup import Checkup
-from vit_finetune.data.sources.columns import column_array
 from vit_finetune.data.sources.folders import ALL
+from vit_finetune.data.sources.labels import count_labels, is_multi_label
 from vit_finetune.data.splits.prepared import fingerprint
 from vit_finetune.publishing.markdown import MOST_NAMED, build_environment, join_card, join_tags, read_card
 from vit_finetune.publishing.redaction import Markdown, fenced
@@ -51,12 +50,10 @@ def build_dataset_card(
     """
     source = checkup.source
     splits = {"train" if name == ALL else name: split for name, split in source.splits.items()}
-    counts = {
-        name: np.bincount(column_array(split, "label").to_numpy(), minlength=len(source.labels)).tolist()
-        for name, split in splits.items()
-    }
+    counts = {name: count_labels(split).tolist() for name, split in splits.items()}
     told = [f for f in checkup.findings if f.severity != "note" or f.kind in TOLD]
-    grouped = " data.group=group" if "group" in next(iter(facts.values())).features else ""
+    keys = " data.group=group" if "group" in next(iter(facts.values())).features else ""
+    keys += " data.multi_label=true" if is_multi_label(next(iter(splits.values()))) else ""
     loading = f'from datasets import load_dataset\n\ndataset = load_dataset("{repo_id}")'
     return build_environment().get_template("dataset_card.md.jinja").render(
         front_matter=Markdown(_metadata(repo_id, splits, facts, license).to_yaml()),
@@ -68,7 +65,7 @@ def build_dataset_card(
         sizes={name: len(split) for name, split in splits.items()},
         features=next(iter(facts.values())).features,
         loading=fenced(loading, "python"),
-        training=fenced(f"vit-finetune train imagefolder data.path={repo_id}{grouped}", "bash"),
+        training=fenced(f"vit-finetune train imagefolder data.path={repo_id}{keys}", "bash"),
         findings=[finding.shortened(MOST_NAMED) for finding in told],
         located=located,
         version=version("vit-finetune"),

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vit_finetune.console import printable
+from vit_finetune.reports import AnyReport, LabelScore, MultiLabelReport, load_report
 from vit_finetune.run import CalibrationBin, Finding, Findings, Report, Run, wilson_interval
 
 FEW_IMAGES = 30
@@ -29,13 +30,13 @@ class Record:
     provenance: dict[str, Any]
     history: list[dict[str, Any]]
     """The Trainer's log, in the order of the steps."""
-    validation: Report | None
-    test: Report | None
+    validation: AnyReport | None
+    test: AnyReport | None
     findings: list[Finding] | None
     """What the checkup saw in the data, gravest first; None where it was not looked at."""
 
     @property
-    def headline(self) -> Report | None:
+    def headline(self) -> AnyReport | None:
         """The report to quote: the test's, or the validation's where no test split was scored."""
         return self.test or self.validation
 
@@ -107,7 +108,7 @@ def load_record(run: Run) -> Record:
     """
     text = run.recipe.read_text(encoding="utf-8")
     reports = {split: run.report(split) for split in ("validation", "test")}
-    loaded = {split: Report.load(path) if path.is_file() else None for split, path in reports.items()}
+    loaded = {split: load_report(path) if path.is_file() else None for split, path in reports.items()}
     return Record(
         recipe_text=text,
         recipe=yaml.safe_load(text) or {},
@@ -137,6 +138,14 @@ class ClassRow:
     f1: float
     support: int
     correct: int
+    average_precision: float | None = None
+    threshold: float | None = None
+    """With several labels."""
+
+    @property
+    def given(self) -> int:
+        """Images that the model says are of it."""
+        return round(self.correct / self.precision) if self.correct else 0
 
 
 @dataclass(frozen=True)
@@ -149,22 +158,36 @@ class Confusion:
     support: int
 
 
-def class_rows(report: Report) -> list[ClassRow]:
+def class_rows(report: AnyReport) -> list[ClassRow]:
     """The classes of a report in the order of their ids."""
     rows = []
     for index, name in enumerate(report.labels):
-        score, correct = report.per_class[name], report.confusion_matrix[index][index]
-        interval = wilson_interval(correct, score.support)
-        rows.append(ClassRow(name, score.precision, score.recall, interval, score.f1, score.support, correct))
+        score = report.per_class[name]
+        if isinstance(report, MultiLabelReport):
+            correct = round(score.recall * score.support)
+        else:
+            correct = report.confusion_matrix[index][index]
+        row = ClassRow(
+            name,
+            score.precision,
+            score.recall,
+            wilson_interval(correct, score.support),
+            score.f1,
+            score.support,
+            correct,
+        )
+        if isinstance(score, LabelScore):
+            row = replace(row, average_precision=score.average_precision, threshold=score.threshold)
+        rows.append(row)
     return rows
 
 
-def worst_by_f1(report: Report, count: int) -> list[ClassRow]:
+def worst_by_f1(report: AnyReport, count: int) -> list[ClassRow]:
     """The classes with the lowest F1, lowest first; of equals, the one with more images, which says more."""
     return sorted(class_rows(report), key=lambda row: (row.f1, -row.support))[:count]
 
 
-def worst_by_recall(report: Report, count: int) -> list[ClassRow]:
+def worst_by_recall(report: AnyReport, count: int) -> list[ClassRow]:
     """The classes of which most was missed, worst first; only classes that have images and missed some."""
     missed = [row for row in class_rows(report) if row.correct < row.support]
     return sorted(missed, key=lambda row: (row.recall, -row.support))[:count]
@@ -241,7 +264,7 @@ def pixels(size: Iterable[int] | None) -> str | None:
 
 def score_rows(record: Record) -> list[tuple[str, list[str]]]:
     """The table of scores: each row's name and its text for every scored split."""
-    reports = [report for report in (record.test, record.validation) if report]
+    reports = [report for report in (record.test, record.validation) if isinstance(report, Report)]
     rows: list[tuple[str, list[str]]] = [
         ("Images", [f"{report.num_images:,}" for report in reports]),
         ("Accuracy", [percent(report.accuracy) for report in reports]),

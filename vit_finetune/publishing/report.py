@@ -11,6 +11,7 @@ from markupsafe import Markup
 from vit_finetune.console import printable
 from vit_finetune.files import write_text
 from vit_finetune.publishing import charts
+from vit_finetune.publishing.multi_label import label_score_rows, multi_label_reports
 from vit_finetune.publishing.picture import Picture, build_picture
 from vit_finetune.publishing.record import (
     Record,
@@ -27,7 +28,8 @@ from vit_finetune.publishing.record import (
     score_rows,
     worst_by_f1,
 )
-from vit_finetune.run import Mistake, Report, Run
+from vit_finetune.reports import AnyReport, MultiLabelReport
+from vit_finetune.run import Mistake, Run
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_BARS = 20
@@ -65,6 +67,7 @@ def build_report(run: Run) -> str:
     )
     template = environment.get_template("report.html.jinja")
     report = record.headline
+    several = multi_label_reports(record)
     return template.render(
         record=record,
         provenance=record.provenance,
@@ -74,7 +77,8 @@ def build_report(run: Run) -> str:
         mistakes=[(mistake, _mistake_picture(run, mistake)) for mistake in report.worst_mistakes]
         if report
         else [],
-        scores=score_rows(record),
+        scores=label_score_rows(several) if several else score_rows(record),
+        multi_label=bool(several),
         **(_of_one_split(report) if report else {}),
     )
 
@@ -85,6 +89,10 @@ def _curves(record: Record) -> list[tuple[str, Markup]]:
     drawn = [
         ("Loss of training batches and of the validation split", charts.draw_losses(record.history, chosen)),
         ("Accuracy on the validation split", charts.draw_accuracy(record.history, chosen)),
+        (
+            "Mean average precision on the validation split",
+            charts.draw_average_precision(record.history, chosen),
+        ),
         ("Learning rate", charts.draw_learning_rate(record.history)),
         ("Range test of the learning rate, before training", charts.draw_range_test(_range_test(record))),
     ]
@@ -105,18 +113,22 @@ def _chosen_epoch(record: Record) -> float | None:
     return next(found, None)
 
 
-def _of_one_split(report: Report) -> dict[str, Any]:
+def _of_one_split(report: AnyReport) -> dict[str, Any]:
     """What the page shows of the report that it quotes."""
     rows = class_rows(report)
     few = len(rows) <= MOST_BARS
+    bars = {
+        "classes": rows,
+        "bars_shown": min(len(rows), MOST_BARS),
+        "bars": Markup(charts.draw_classes(rows if few else worst_by_f1(report, MOST_BARS))),
+    }
+    if isinstance(report, MultiLabelReport):
+        return bars
     drawn = [(report.calibration, report.ece, "calibration")]
     if after := report.calibrated:
         drawn.append((after.calibration, after.ece, "calibrated"))
     diagrams = [chart for one in drawn if (chart := charts.draw_calibration(*one))]
-    return {
-        "classes": rows,
-        "bars_shown": min(len(rows), MOST_BARS),
-        "bars": Markup(charts.draw_classes(rows if few else worst_by_f1(report, MOST_BARS))),
+    return bars | {
         "confusion": Markup(charts.draw_confusion(report)),
         "confused": most_confused(report, 10 if len(rows) <= charts.READABLE_CLASSES else 20),
         "is_labelled": len(rows) <= charts.READABLE_CLASSES,

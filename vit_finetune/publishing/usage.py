@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vit_finetune.publishing.multi_label import multi_label_reports
 from vit_finetune.publishing.record import Record, hub_id
 from vit_finetune.publishing.redaction import values_without_paths
 from vit_finetune.run import CALIBRATION_KEY
@@ -20,12 +21,24 @@ def usage(record: Record) -> str:
             "    AutoModelForImageClassification,\n    pipeline,\n)\n\n"
             f"{_load_adapter(record)}"
             'classifier = pipeline("image-classification", model=model, image_processor=image_processor)\n'
-            'print(classifier("photo.jpg"))'
+            f"{_classify(record, 'config')}"
         )
     return (
         "from transformers import pipeline\n\n"
         f'classifier = pipeline("image-classification", model="{name}"{pinned})\n'
-        'print(classifier("photo.jpg"))'
+        f"{_classify(record, 'classifier.model.config')}"
+    )
+
+
+def _classify(record: Record, config: str) -> str:
+    """Lines that say what is on a photo; of several labels, those that reach their thresholds."""
+    if not multi_label_reports(record):
+        return 'print(classifier("photo.jpg"))'
+    return (
+        f"config = {config}\n"
+        "thresholds = {config.id2label[n]: value for n, value in enumerate(config.thresholds)}\n"
+        'answers = classifier("photo.jpg", top_k=None)\n'
+        'print([found for found in answers if found["score"] >= thresholds[found["label"]]])'
     )
 
 

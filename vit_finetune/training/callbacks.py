@@ -70,11 +70,12 @@ class ProgressDisplay(TrainerCallback):
         """Shows the loss, and a line for each evaluation."""
         if "loss" in logs:
             self.status = f"loss {logs['loss']:.3f}"
-        if "eval_accuracy" in logs:
-            say(
-                f"epoch {state.epoch or 0:.4g}/{args.num_train_epochs:.4g}  {self.status}  "
-                f"validation: accuracy {logs['eval_accuracy']:.4f}, loss {logs['eval_loss']:.4f}"
-            )
+        for name in ("accuracy", "mean_average_precision"):
+            if f"eval_{name}" in logs:
+                say(
+                    f"epoch {state.epoch or 0:.4g}/{args.num_train_epochs:.4g}  {self.status}  validation: "
+                    f"{name.replace('_', ' ')} {logs[f'eval_{name}']:.4f}, loss {logs['eval_loss']:.4f}"
+                )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

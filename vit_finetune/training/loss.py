@@ -1,4 +1,4 @@
-"""What training lowers: cross-entropy of class ids or of target probabilities, and what it is divided by."""
+"""What training lowers: cross-entropy of one class or of each label, and what it is divided by."""
 
 from __future__ import annotations
 
@@ -13,7 +13,28 @@ def count_images(labels: torch.Tensor) -> int:
     Args:
         labels: class ids, int64 `(batch,)`, or target probabilities, float `(batch, classes)`.
     """
-    return len(labels) if labels.is_floating_point() else int((labels != NO_LABEL).sum())
+    first = labels[:, 0] if labels.is_floating_point() else labels
+    return int((first != NO_LABEL).sum())
+
+
+def binary_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of each label for itself, in nats: the mean over the labels, and over the images.
+
+    An image's loss is `F.binary_cross_entropy_with_logits` of its labels, their mean: it does not grow with
+    their number. The images' losses are added up and divided by `count`, as in `cross_entropy`.
+
+    Args:
+        logits: `(batch, classes)`.
+        labels: 1 for each label that an image has, else 0, float `(batch, classes)`; rows of `NO_LABEL` add
+            nothing.
+        count: number of images to divide by, of which these are a part; those of the batch if None.
+    """
+    images = labels[:, 0] != NO_LABEL  # (B,)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")  # (B, C)
+    total = (losses.mean(dim=1) * images).sum()
+    return total / (count_images(labels) if count is None else count)
 
 
 def cross_entropy(

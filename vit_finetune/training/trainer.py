@@ -20,6 +20,7 @@ from vit_finetune.data.batches import outlive_signals
 from vit_finetune.data.mixing import mix
 from vit_finetune.data.streaming.batches import StreamBatches
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
+from vit_finetune.model.loading import is_multi_label
 from vit_finetune.run import RunError
 from vit_finetune.training.arguments import ViTTrainingArguments
 from vit_finetune.training.callbacks import StopEarly, StopOnSignal
@@ -28,7 +29,7 @@ from vit_finetune.training.ema import WeightAverage
 from vit_finetune.training.hardware import share_casts
 from vit_finetune.training.images import build_loader
 from vit_finetune.training.imbalance import count_classes, weigh_classes
-from vit_finetune.training.loss import count_images, cross_entropy
+from vit_finetune.training.loss import binary_cross_entropy, count_images, cross_entropy
 from vit_finetune.training.optim import build_parameter_groups, leaves_weights_unused
 from vit_finetune.training.resuming import ResumableTrainer
 
@@ -69,6 +70,7 @@ class ViTTrainer(ResumableTrainer):
         self.control: TrainerControl
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = leaves_weights_unused(model)
+        self.has_several_labels = is_multi_label(model)
         self.average = WeightAverage(args.ema_decay) if args.ema_decay else None
         early = StopEarly(args.early_stopping_patience) if args.early_stopping_patience else None
         super().__init__(
@@ -88,7 +90,8 @@ class ViTTrainer(ResumableTrainer):
         self.image_processor, self.mixing, self.stop = image_processor, mixing, stop
         names = [model.config.id2label[number] for number in range(model.config.num_labels)]
         held = train_dataset.labels if isinstance(train_dataset, TrainingImages) else None
-        weights = weigh_classes(args.class_weights, names, held and count_classes(held, len(names)))
+        counts = count_classes(held, len(names)) if held and args.class_weights else None
+        weights = weigh_classes(args.class_weights, names, counts)
         self.class_weights = None if weights is None else torch.tensor(weights, device=args.device)
         self.teacher = teacher
         if teacher:
@@ -147,7 +150,8 @@ class ViTTrainer(ResumableTrainer):
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if output.metrics and name in output.metrics and isinstance(output.predictions, np.ndarray):
             logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
-            output.metrics[name] = float(cross_entropy(logits.double(), labels))
+            loss = binary_cross_entropy if self.has_several_labels else cross_entropy
+            output.metrics[name] = float(loss(logits.double(), labels))
         return output
 
     # -- data
@@ -216,7 +220,7 @@ class ViTTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the batch; mixed, smoothed, weighted, focal and distilled only while training.
+        """Cross-entropy of the batch, or of each label; mixed, weighted, distilled … only while training.
 
         With the outputs where asked for.
         """
@@ -224,18 +228,22 @@ class ViTTrainer(ResumableTrainer):
             pixel_values, labels = mix(self.mixing, inputs["pixel_values"], inputs["labels"])
             inputs = {**inputs, "pixel_values": pixel_values, "labels": labels}
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        args, several = self.args, self.has_several_labels
         if not model.training:
-            loss = cross_entropy(outputs.logits, inputs["labels"])
+            loss = (binary_cross_entropy if several else cross_entropy)(outputs.logits, inputs["labels"])
             return (loss, outputs) if return_outputs else loss
-        args, count = self.args, num_items_in_batch
-        loss = cross_entropy(
-            outputs.logits,
-            inputs["labels"],
-            args.label_smoothing_factor,
-            count,
-            self.class_weights,
-            args.focal_gamma,
-        )
+        count = num_items_in_batch
+        if several:
+            loss = binary_cross_entropy(outputs.logits, inputs["labels"], count)
+        else:
+            loss = cross_entropy(
+                outputs.logits,
+                inputs["labels"],
+                args.label_smoothing_factor,
+                count,
+                self.class_weights,
+                args.focal_gamma,
+            )
         if self.teacher is not None:
             with self.accelerator.autocast():
                 told = self.teacher.answer(inputs["pixel_values"], self.image_processor)

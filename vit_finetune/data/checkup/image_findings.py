@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from PIL import Image
 
 from vit_finetune.data.sources.columns import Source, column_values
 from vit_finetune.data.sources.folders import count_of
+from vit_finetune.data.sources.labels import is_multi_label, label_pairs, label_texts, spoken
 from vit_finetune.run import Finding, FoundImage
 
 HUGE = 40_000_000
@@ -36,7 +38,11 @@ class Images:
     """Position in `splits`, int64 `(n,)`."""
     ids: list[str]
     label: np.ndarray
-    """Class ids, int64 `(n,)`."""
+    """What each image is labelled as, position in `texts`, int64 `(n,)`: the class id, where it has one."""
+    texts: list[str]
+    """The class names; or all different sets of labels, each as one text."""
+    pairs: tuple[np.ndarray, np.ndarray]
+    """Row and class id of each label that an image has, both int64 `(pairs,)`."""
     labels: list[str]
     """Class names in id order."""
     group: list[str | None]
@@ -59,6 +65,11 @@ class Images:
         """Which images could be decoded, bool `(n,)`."""
         readable: np.ndarray = pa.compute.equal(self.readings["problem"], "").to_numpy()
         return readable
+
+    def count_classes(self, rows: np.ndarray) -> np.ndarray:
+        """How many of some images, bool `(n,)`, have each class, int64 `(classes,)`."""
+        row, label = self.pairs
+        return np.bincount(label[rows[row]], minlength=len(self.labels))
 
     def found(
         self,
@@ -86,11 +97,22 @@ def gather_images(source: Source, readings: dict[str, pa.Table]) -> Images:
         return column_values(dataset, column) if column in dataset.features else [None] * len(dataset)
 
     parts = list(source.splits.values())
+    starts = np.cumsum([0, *map(len, parts)])
+    pairs = [label_pairs(part) for part in parts]
+    rows = np.concatenate([start + row for start, (row, _) in zip(starts, pairs)])
+    ids = np.concatenate([label for _, label in pairs])
+    label, texts = ids, source.labels
+    if any(map(is_multi_label, parts)):
+        sets = pa.concat_arrays([label_texts(part) for part in parts]).dictionary_encode()
+        label = sets.indices.to_numpy().astype(np.int64)
+        texts = [spoken(json.loads(text)) for text in sets.dictionary.to_pylist()]
     return Images(
         list(source.splits),
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
         [identity for part in parts for identity in column_values(part, "id")],
-        np.concatenate([np.asarray(column_values(part, "label"), np.int64) for part in parts]),
+        label,
+        texts,
+        (rows, ids),
         source.labels,
         [group for part in parts for group in values(part, "group")],
         pa.concat_tables([readings[split] for split in source.splits]).combine_chunks(),

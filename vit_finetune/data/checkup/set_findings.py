@@ -116,7 +116,7 @@ class _Sets:
                 "message": f"{count_of(count, 'image')} {are} {message}",
                 "advice": advice,
                 "count": count,
-                "images": images.found(self.rows, lambda row: images.labels[images.label[row]], self.numbers),
+                "images": images.found(self.rows, lambda row: images.texts[images.label[row]], self.numbers),
                 "exclude": images.found(self.excluded),
             }
         )
@@ -129,16 +129,33 @@ def find_class_faults(images: Images, config: DataConfig) -> list[Finding]:
     """Findings about classes: missing, lopsided, too small to split, named almost alike."""
     kept = images.readable
     counts = np.stack(
-        [
-            np.bincount(images.label[kept & (images.split == split)], minlength=len(images.labels))
-            for split in range(len(images.splits))
-        ]
+        [images.count_classes(kept & (images.split == split)) for split in range(len(images.splits))]
     )  # (splits, classes)
     return [
         *_find_missing(images, counts, stops=config.splits is None),
         *_find_too_small(images, counts, config),
-        *_find_imbalance(images, counts),
+        *_find_imbalance(images, counts, config.multi_label),
         *_find_alike_names(images.labels),
+        *_find_unlabelled(images),
+    ]
+
+
+def _find_unlabelled(images: Images) -> list[Finding]:
+    """A note of the images that have none of several labels."""
+    labelled = np.zeros(len(images.ids), bool)
+    labelled[images.pairs[0]] = True
+    rows = np.flatnonzero(~labelled)
+    if not len(rows):
+        return []
+    return [
+        Finding(
+            kind="no-label",
+            severity="note",
+            message=f"{count_of(len(rows), 'image')} with no label, which the model learns to give none",
+            advice="Leave them out with data.exclude if nobody has looked at them",
+            count=len(rows),
+            images=images.found(rows),
+        )
     ]
 
 
@@ -189,7 +206,8 @@ def _find_too_small(images: Images, counts: np.ndarray, config: DataConfig) -> l
     few = np.flatnonzero((whole[0] > 0) & (whole[0] <= len(carved)))
     if not len(few):
         return []
-    rows = np.flatnonzero(np.isin(images.label, few) & images.readable)
+    row, label = images.pairs
+    rows = np.unique(row[np.isin(label, few) & images.readable[row]])
     listed = ", ".join(f"{images.labels[number]} ({whole[0][number]})" for number in few)
     return [
         Finding(
@@ -199,12 +217,18 @@ def _find_too_small(images: Images, counts: np.ndarray, config: DataConfig) -> l
             f"{' and '.join(carved)}: {listed}",
             advice="Add images, remove the class, or carve less (data.test_fraction=0)",
             count=len(few),
-            images=images.found(rows, lambda row: images.labels[images.label[row]]),
+            images=images.found(rows, lambda row: images.texts[images.label[row]]),
         )
     ]
 
 
-def _find_imbalance(images: Images, counts: np.ndarray) -> list[Finding]:
+def _find_imbalance(images: Images, counts: np.ndarray, multi_label: bool) -> list[Finding]:
+    scores = (
+        "macro F1 rather than micro F1"
+        if multi_label
+        else "balanced accuracy and macro F1 rather than accuracy"
+    )
+    remedy = "" if multi_label else ", or try data.balanced_sampling=true or training.class_weights=auto"
     for split, row in zip(images.splits, counts):
         present = row[row > 0]
         if RANK[split] != RANK["train"] or not len(present) or present.max() < IMBALANCE * present.min():
@@ -217,9 +241,7 @@ def _find_imbalance(images: Images, counts: np.ndarray) -> list[Finding]:
                 severity="warning",
                 message=f"{largest} has {row.max():,} images, {smallest} {present.min():,}: "
                 f"{row.max() / present.min():.0f} times fewer",
-                advice="Read balanced accuracy and macro F1 rather than accuracy; add images of "
-                + first_of(_names(images, small), 8)
-                + ", or try data.balanced_sampling=true or training.class_weights=auto",
+                advice=f"Read {scores}; add images of {first_of(_names(images, small), 8)}{remedy}",
                 count=int(small.sum()),
             )
         ]

@@ -61,22 +61,25 @@ def build_dataset(
     Args:
         ids: one distinct name per image.
         images: structs of `bytes` and `path`, as `datasets.Image` stores them.
-        label_ids: class ids, int64, positions in `labels`.
+        label_ids: class ids, int64, positions in `labels`; or lists of them, where images may have several.
         labels: class names.
         groups: names of groups, strings or null.
     """
+    if not isinstance(label_ids, pa.Array):
+        label_ids = pa.array(label_ids, pa.int64())
+    kind = datasets.ClassLabel(names=list(labels))
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
             "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=list(labels)),
+            "label": datasets.List(kind) if pa.types.is_list(label_ids.type) else kind,
         }
         | ({} if groups is None else {"group": datasets.Value("string")})
     )
     columns = {
         "id": ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string()),
         "image": images,
-        "label": label_ids if isinstance(label_ids, pa.Array) else pa.array(label_ids, pa.int64()),
+        "label": label_ids,
     } | ({} if groups is None else {"group": groups})
     table = datasets.table.InMemoryTable(pa.table(columns, schema=features.arrow_schema))
     # A fingerprint of its own, as for any new dataset: taking it from the content would pickle all of it.
@@ -106,18 +109,6 @@ def common_labels(where: str, classes: dict[str, set[str]]) -> list[str]:
         number = "one class only" if known else "no class"
         raise RunError(f"{where}: found {number}{found}. Expected at least two classes")
     return sorted(known, key=natural_key)
-
-
-def with_labels(dataset: datasets.Dataset, labels: Sequence[str]) -> datasets.Dataset:
-    """The same images with their class ids counted in another order of the same class names."""
-    names = dataset.features["label"].names
-    if list(names) == list(labels):
-        return dataset
-    ids = {label: number for number, label in enumerate(labels)}
-    renumbered = [ids[names[label]] for label in column_values(dataset, "label")]
-    return dataset.remove_columns("label").add_column(
-        "label", renumbered, feature=datasets.ClassLabel(names=list(labels))
-    )
 
 
 def column_values(dataset: datasets.Dataset, column: str) -> list[Any]:

@@ -16,9 +16,11 @@ from huggingface_hub import HfApi, constants
 
 from vit_finetune.console import say
 from vit_finetune.data.sources.archives import is_archive
+from vit_finetune.data.sources.cells import check_columns, read_flags, read_names
 from vit_finetune.data.sources.columns import Source, column_array, column_values, common_labels
 from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of
 from vit_finetune.data.sources.groups import group_names
+from vit_finetune.data.sources.labels import label_feature, number_names
 from vit_finetune.data.sources.tables import FILE_COLUMNS, LABEL_COLUMNS, find_column
 from vit_finetune.data.sources.tables import SUFFIXES as TABLE_SUFFIXES
 from vit_finetune.files import is_disk_full
@@ -153,15 +155,17 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig, own: str |
     image = typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
     if not isinstance(features[image], datasets.Image):
         raise RunError(f"{config.path}: the column {image} holds {features[image]}; expected images")
-    label = typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
+    label = _find_label_columns(config, features)
     splits = {split: _check_names(config.path, rows, image, own) for split, rows in splits.items()}
-    labels_of: dict[str, list[str | None]] = {}
+    labels_of: dict[str, list[Any]] = {}
     classes: dict[str, set[str]] = {}
     for split, dataset in list(splits.items()):
-        if split == "test" and label not in dataset.features:
+        if split == "test" and not set(label) <= set(dataset.features):
             labels_of[split], classes[split] = [None] * len(dataset), set()
         else:
-            labels_of[split], classes[split] = _row_labels(f"{config.path}: {split}", dataset, image, label)
+            where = f"{config.path}: {split}"
+            read = _row_label_sets if config.multi_label else _row_labels
+            labels_of[split], classes[split] = read(where, dataset, image, label)
         unlabelled = labels_of[split].count(None)
         if unlabelled == len(dataset) and split == "test" and len(splits) > 1:
             # Competitions publish their test images without labels, or with -1.
@@ -171,11 +175,14 @@ def arrange_columns(loaded: datasets.DatasetDict, config: DataConfig, own: str |
             of = "" if split == ALL else f" of {split}"
             notices.append(f"{count_of(unlabelled, 'image')}{of} left out: they have no label")
     labels = common_labels(config.path, classes)
-    if isinstance(features[label], datasets.ClassLabel):
-        labels = list(features[label].names)
+    feature = getattr(features[label[0]], "feature", features[label[0]])  # a list's, or the column's own
+    if len(label) > 1:
+        labels = label
+    elif isinstance(feature, datasets.ClassLabel):
+        labels = list(feature.names)
     named = _has_file_names(splits.values())
     arranged = {
-        split: _arrange_rows(dataset, image, labels_of[split], labels, config.group, named)
+        split: _arrange_rows(dataset, image, labels_of[split], labels, config, named)
         for split, dataset in splits.items()
     }
     return Source("hub", arranged, labels, notices)
@@ -244,19 +251,56 @@ def _has_file_names(splits: Collection[datasets.Dataset]) -> bool:
     return not names.null_count and len(names.unique()) == len(names)
 
 
-def _row_labels(
-    where: str, dataset: datasets.Dataset, image: str, label: str
-) -> tuple[list[str | None], set[str]]:
-    """The class name of each row, None where there is none, and the names of all classes."""
-    absent = [column for column in (image, label) if column not in dataset.features]
+def _find_label_columns(config: DataConfig, features: Any) -> list[str]:
+    """The column of the class, or of lists of labels; or all columns, where there is one per label."""
+    if isinstance(config.label_column, list):
+        check_columns(config.path, list(features), config.label_column)
+        return config.label_column
+    kind = datasets.List if config.multi_label else datasets.ClassLabel
+    return [typed_column(config, features, config.class_column, kind, "data.label_column")]
+
+
+def _check_there(where: str, dataset: datasets.Dataset, columns: Sequence[str]) -> None:
+    absent = [column for column in columns if column not in dataset.features]
     if absent:
         raise RunError(f"{where} has no column {absent[0]}; found {', '.join(dataset.features)}")
+
+
+def _row_label_sets(
+    where: str, dataset: datasets.Dataset, image: str, columns: Sequence[str]
+) -> tuple[list[list[str] | None], set[str]]:
+    """The labels of each row, None where nothing is known of them, and the names of all labels."""
+    _check_there(where, dataset, [image, *columns])
+    cells = [column_values(dataset, column) for column in columns]
+    if len(columns) > 1:
+        rows = [dict(zip(columns, values)) for values in zip(*cells)]
+        found = [read_flags(f"{where}: row {n}", row, columns) for n, row in enumerate(rows)]
+        return found, set(columns)  # type: ignore[return-value]
+    feature, known = getattr(dataset.features[columns[0]], "feature", None), set()
+    if isinstance(feature, datasets.ClassLabel):
+        known = set(feature.names)
+    names = [
+        None if value is None else read_names(f"{where}: row {number}", columns[0], value, feature)
+        for number, value in enumerate(cells[0])
+    ]
+    return names, known or {name for some in names for name in some or []}
+
+
+def _row_labels(
+    where: str, dataset: datasets.Dataset, image: str, columns: Sequence[str]
+) -> tuple[list[str | None], set[str]]:
+    """The class name of each row, None where there is none, and the names of all classes."""
+    (label,) = columns
+    _check_there(where, dataset, [image, label])
     feature, values = dataset.features[label], column_values(dataset, label)
     if isinstance(feature, datasets.ClassLabel):
         names = [None if value is None or value < 0 else feature.names[value] for value in values]
         return names, set(feature.names)
     if any(isinstance(value, list | dict) for value in values):
-        raise RunError(f"{where}: {label} holds several labels per image; expected one class")
+        raise RunError(
+            f"{where}: {label} holds several labels per image; expected one class. If images may have "
+            f"several, write data.multi_label=true"
+        )
     names = [None if value is None or value == "" else str(value) for value in values]
     return names, {name for name in names if name is not None}
 
@@ -264,19 +308,22 @@ def _row_labels(
 def _arrange_rows(
     dataset: datasets.Dataset,
     image: str,
-    names: Sequence[str | None],
+    names: Sequence[Any],
     labels: Sequence[str],
-    group: str | None,
+    config: DataConfig,
     named: bool,
 ) -> datasets.Dataset:
-    ids = {label: number for number, label in enumerate(labels)}
+    group = config.group
+    if config.multi_label:
+        values: list[Any] = number_names([some or [] for some in names], labels)
+    else:
+        ids = {label: number for number, label in enumerate(labels)}
+        values = [-1 if name is None else ids[name] for name in names]
     images = dataset.select_columns([image])
     if image != "image":
         images = images.rename_column(image, "image")
     arranged = images.add_column(
-        "label",
-        [-1 if name is None else ids[name] for name in names],
-        feature=datasets.ClassLabel(names=list(labels)),
+        "label", values, feature=label_feature(labels, config.multi_label)
     ).add_column("id", column_values(dataset, FILE_NAME) if named else [str(n) for n in range(len(names))])
     if group is not None and group in dataset.features:
         arranged = arranged.add_column("group", _row_groups(dataset, group), feature=datasets.Value("string"))

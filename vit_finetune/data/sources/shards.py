@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vit_finetune.data.sources.cells import check_columns
 from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of, is_image_name, natural_key
 from vit_finetune.data.sources.tables import LABEL_COLUMNS, METADATA_NAMES, find_column
 from vit_finetune.data.sources.webdataset import index_webdataset, is_webdataset, read_samples
@@ -298,16 +299,25 @@ def image_column(file: Path, config: DataConfig) -> str:
 
 
 def label_column(file: Path, config: DataConfig) -> str:
-    """The column of a Parquet shard that holds the class: what was asked for, a ClassLabel, or by name.
+    """The column of a Parquet shard that holds the class: what was asked for, found by type, or by name.
 
     Raises:
         RunError: there is none.
     """
     features = parquet_features(file)
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if config.label_column is None and len(typed) == 1:
+    kind = datasets.List if config.multi_label else datasets.ClassLabel
+    typed = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if config.class_column is None and len(typed) == 1:
         return str(typed[0])
-    return find_column(file, list(features), config.label_column, LABEL_COLUMNS, "data.label_column")
+    return find_column(file, list(features), config.class_column, LABEL_COLUMNS, "data.label_column")
+
+
+def label_columns(file: Path, config: DataConfig) -> list[str]:
+    """That column of a Parquet shard; or all, where there is one per label. Raises RunError likewise."""
+    if not isinstance(config.label_column, list):
+        return [label_column(file, config)]
+    check_columns(file, list(parquet_features(file)), config.label_column)
+    return config.label_column
 
 
 def parquet_features(file: Path) -> datasets.Features:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,12 +29,13 @@ from vit_finetune.data.sources.folders import (
 )
 from vit_finetune.data.sources.groups import match_groups
 from vit_finetune.data.sources.hub import FILE_NAME, arrange_columns, is_hub_id, load_hub_dataset
+from vit_finetune.data.sources.labels import label_feature, number_names
 from vit_finetune.data.sources.shards import (
     Shards,
     distinct_labels,
     find_shards,
     image_column,
-    label_column,
+    label_columns,
     number_labels,
     read_class_names,
 )
@@ -68,7 +70,7 @@ def _open_source(config: DataConfig) -> Source:
         if is_archive(path):
             return _from_folder(unpack(path), config, "archive")
         if path.suffix.lower() in TABLE_SUFFIXES:
-            return _from_listing("table", path.parent, list_tables(path.parent, {ALL: path}, config))
+            return _from_listing("table", path.parent, list_tables(path.parent, {ALL: path}, config), config)
         kinds = ", ".join(TABLE_SUFFIXES)
         raise RunError(f"{path}: expected a folder, an archive (.zip, .tar…) or a table ({kinds})")
     if is_hub_id(config.path):
@@ -86,22 +88,41 @@ def _from_folder(root: Path, config: DataConfig, kind: str) -> Source:
     folders = walk_folders(root)
     tables = find_tables(root, folders)
     if tables:
-        return _from_listing(kind, root, list_tables(root, tables, config, folders))
-    return _from_listing(kind, root, list_folder(root, folders, config.class_folder))
+        return _from_listing(kind, root, list_tables(root, tables, config, folders), config)
+    if config.multi_label:
+        raise RunError(
+            f"{root}: the folder of an image names one class, and with data.multi_label images may have "
+            f"several. Write them into a table: metadata.jsonl with file_name and a list of labels, or "
+            f"metadata.csv with one column per label"
+        )
+    return _from_listing(kind, root, list_folder(root, folders, config.class_folder), config)
 
 
-def _from_listing(kind: str, root: Path, listing: Listing) -> Source:
-    labels = common_labels(
-        str(root), {split: set(rows["label"].unique().to_pylist()) for split, rows in listing.splits.items()}
-    )
+def _from_listing(kind: str, root: Path, listing: Listing, config: DataConfig) -> Source:
+    names = {
+        split: pc.list_flatten(rows["label"]) if config.multi_label else rows["label"]
+        for split, rows in listing.splits.items()
+    }
+    if isinstance(config.label_column, list):
+        labels = config.label_column
+    else:
+        labels = common_labels(
+            str(root), {split: set(column.unique().to_pylist()) for split, column in names.items()}
+        )
     splits = {}
     for split, rows in listing.splits.items():
         ids = rows["id"].combine_chunks()
         paths = pc.binary_join_element_wise(pa.scalar(f"{root}/"), ids, "")
         images = pa.StructArray.from_arrays([pa.nulls(len(ids), pa.binary()), paths], names=["bytes", "path"])
-        label_ids = pc.index_in(rows["label"], value_set=pa.array(labels)).combine_chunks()
+        if config.multi_label:
+            numbers = number_names(rows["label"].to_pylist(), labels)
+            label_ids = pa.array(numbers, pa.list_(pa.int64()))
+        else:
+            label_ids = (
+                pc.index_in(rows["label"], value_set=pa.array(labels)).combine_chunks().cast(pa.int64())
+            )
         groups = rows["group"].combine_chunks() if "group" in rows.column_names else None
-        splits[split] = build_dataset(ids, images, label_ids.cast(pa.int64()), labels, groups)
+        splits[split] = build_dataset(ids, images, label_ids, labels, groups)
     return Source(kind, splits, labels, listing.notices)
 
 
@@ -138,6 +159,11 @@ def _with_groups(source: Source, path: str, group: str) -> Source:
 
 def _from_webdataset(shards: Shards, config: DataConfig) -> Source:
     """The samples of WebDataset tars by their indices; no image is read."""
+    if config.multi_label:
+        raise RunError(
+            f"{config.path}: several labels of an image (data.multi_label) are not read from WebDataset "
+            f"shards. Write them as .parquet with a column of lists"
+        )
     names = read_class_names(shards.root)
     indices = {
         split: datasets.concatenate_datasets(
@@ -155,7 +181,7 @@ def _from_webdataset(shards: Shards, config: DataConfig) -> Source:
 def _from_parquet(shards: Shards, config: DataConfig) -> Source:
     """Parquet files with image bytes, as an Arrow copy that is memory-mapped from the cache."""
     first = next(iter(shards.files.values()))[0]
-    image, label = image_column(first, config), label_column(first, config)
+    image, labels = image_column(first, config), label_columns(first, config)
     files = {
         "train" if split == ALL else split: [str(shard) for shard in files]
         for split, files in shards.files.items()
@@ -166,15 +192,24 @@ def _from_parquet(shards: Shards, config: DataConfig) -> Source:
         raise RunError(f"{config.path}: could not be read ({error}: {error.__cause__})") from error
     found = loaded[next(iter(loaded))].features
     others = [column for column in (config.group, FILE_NAME) if column in found]
-    loaded = loaded.select_columns(list(dict.fromkeys([image, label, *others]))).cast_column(
+    loaded = loaded.select_columns(list(dict.fromkeys([image, *labels, *others]))).cast_column(
         image, datasets.Image()
     )
     names = read_class_names(shards.root)
-    if names and not isinstance(loaded[next(iter(loaded))].features[label], datasets.ClassLabel):
-        loaded = loaded.cast_column(label, datasets.ClassLabel(names=names))
-    chosen = config.model_copy(update={"image_column": image, "label_column": label})
+    label = labels[0]
+    if isinstance(config.label_column, list):
+        chosen = config.model_copy(update={"image_column": image})
+    else:
+        if names and not _names_classes(loaded[next(iter(loaded))].features[label]):
+            loaded = loaded.cast_column(label, label_feature(names, config.multi_label))
+        chosen = config.model_copy(update={"image_column": image, "label_column": label})
     source = arrange_columns(loaded, chosen)
     return replace(source, kind="parquet")
+
+
+def _names_classes(feature: Any) -> bool:
+    """Whether a column knows the names of its classes."""
+    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
 
 
 # --------------------------------------------------------------------------- what is built in

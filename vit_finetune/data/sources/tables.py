@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
+from vit_finetune.data.sources.cells import check_columns, read_flags, read_names
 from vit_finetune.data.sources.folders import (
     ALL,
     SPLIT_NAMES,
@@ -84,7 +85,8 @@ class Row(NamedTuple):
     """What a table says about one image."""
 
     id: str
-    label: str
+    label: str | list[str]
+    """The class; or all labels, where images may have several."""
     group: str | None
     split: str | None
     """None where the table names none."""
@@ -128,8 +130,9 @@ def list_tables(
 
 
 def _build_rows(rows: Sequence[Row], grouped: bool) -> pa.Table:
-    columns = {"id": [row.id for row in rows], "label": [row.label for row in rows]}
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    several = bool(rows) and isinstance(rows[0].label, list)
+    labels = pa.array([row.label for row in rows], pa.list_(pa.string()) if several else pa.string())
+    table = pa.table({"id": pa.array([row.id for row in rows], pa.string()), "label": labels})
     if grouped:
         table = table.append_column("group", pa.array([row.group for row in rows], pa.string()))
     return table
@@ -142,7 +145,7 @@ def _list_rows(root: Path, path: Path, config: DataConfig) -> tuple[list[Row], b
         raise RunError(f"{path}: the table has no rows")
     columns = [str(column) for column in rows[0]]
     file_column = find_column(path, columns, config.image_column, FILE_COLUMNS, "data.image_column")
-    label_column = find_column(path, columns, config.label_column, LABEL_COLUMNS, "data.label_column")
+    label_columns = _find_label_columns(path, columns, config)
     split_column = next((column for column in columns if column.lower() == "split"), "")
     groups: list[str | None] = [None] * len(rows)
     if config.group in columns:
@@ -152,25 +155,59 @@ def _list_rows(root: Path, path: Path, config: DataConfig) -> tuple[list[Row], b
     missing: list[str] = []
     for number, (row, group) in enumerate(zip(rows, groups), start=1):
         where = f"{path}: row {number}"
-        name, label = row.get(file_column), row.get(label_column)
-        if name is None or name == "" or label is None or label == "":
-            raise RunError(f"{where} has no {label_column if name else file_column}")
+        name = row.get(file_column)
+        if name is None or name == "":
+            raise RunError(f"{where} has no {file_column}")
         if not isinstance(name, str):
             raise RunError(f"{where}: {file_column} holds {type(name).__name__}; expected file names")
-        if isinstance(label, list | dict):
-            raise RunError(f"{where} has several labels; expected one class per image")
+        label = _label_of(where, row, label_columns, config)
         identity = PurePosixPath(prefix, name)
         if identity.is_absolute() or ".." in identity.parts:
             raise RunError(f"{where} names {name!r}, which lies outside {path.parent}")
         if not os.path.isfile(f"{root}/{identity}"):  # noqa: PTH113 - a Path for each row takes most of the time
             missing.append(name)
-        listed.append(Row(str(identity), str(label), group, _split_of(where, row.get(split_column))))
+        listed.append(Row(str(identity), label, group, _split_of(where, row.get(split_column))))
     if missing:
         raise RunError(
             f"{path}: {len(missing):,} of {len(rows):,} files that it names are not there: "
             f"{first_of(missing, 5)}. Names are taken below {path.parent}"
         )
     return listed, config.group in columns
+
+
+def _find_label_columns(path: Path, columns: Sequence[str], config: DataConfig) -> list[str]:
+    """The column that holds the class, or a list of labels; or all columns, where there is one per label.
+
+    Raises:
+        RunError: they are not there, or lists are asked for where a cell holds a text.
+    """
+    if isinstance(config.label_column, list):
+        check_columns(path, columns, config.label_column)
+        return config.label_column
+    if config.multi_label and path.suffix.lower() == ".csv":
+        raise RunError(
+            f"{path}: a cell of a .csv holds one text, which is no list of labels. Either make one column "
+            f"per label, with 0 or 1 in its cells, and list them (data.label_column='[beach, people]'), or "
+            f"write the table as .jsonl or .parquet with a column of lists"
+        )
+    return [find_column(path, columns, config.class_column, LABEL_COLUMNS, "data.label_column")]
+
+
+def _label_of(where: str, row: dict[str, Any], columns: Sequence[str], config: DataConfig) -> str | list[str]:
+    """The class that a row names; or all labels, where images may have several."""
+    if isinstance(config.label_column, list):
+        return read_flags(where, row, columns)
+    label = row.get(columns[0])
+    if config.multi_label:
+        return read_names(where, columns[0], label)
+    if label is None or label == "":
+        raise RunError(f"{where} has no {columns[0]}")
+    if isinstance(label, list | dict):
+        raise RunError(
+            f"{where} has several labels; expected one class per image. If images may have several, write "
+            f"data.multi_label=true"
+        )
+    return str(label)
 
 
 def _split_of(where: str, value: Any) -> str | None:

@@ -158,7 +158,7 @@ def _sample_of(shard: Path, file: IO[bytes], members: list[Member], config: Data
             f"{where} has {what}; found {', '.join(extensions)}. Name the extension of the one to use with "
             f"data.image_column=…"
         )
-    label = next((m for m in members if m.extension == "cls" and config.label_column is None), None)
+    label = next((m for m in members if m.extension == "cls" and config.class_column is None), None)
     label = label or next((m for m in members if m.extension == "json"), None)
     if label is None:
         raise RunError(f"{where} has no label; found {', '.join(extensions)}, expected .cls or .json")
@@ -178,7 +178,7 @@ def _label_of(where: str, data: bytes, extension: str, config: DataConfig) -> st
     except (ValueError, RecursionError) as error:
         raise RunError(f"{where}: its .{extension} cannot be read: {error}") from error
     if isinstance(value, dict):
-        asked = config.label_column
+        asked = config.class_column
         value = next((value[name] for name in ([asked] if asked else LABEL_COLUMNS) if name in value), None)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise RunError(
@@ -249,7 +249,7 @@ def index_webdataset(shard: Path, name: str, config: DataConfig) -> datasets.Dat
         facts.st_mtime_ns,
         name,
         config.image_column,
-        config.label_column,
+        config.class_column,
     ]
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
     index = cache_dir() / "shards" / f"{shard.stem}-{digest}.arrow"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vit_finetune.data.sources.columns import Source, column_array
 from vit_finetune.data.sources.folders import ALL, count_of, first_of
+from vit_finetune.data.sources.labels import count_labels, is_multi_label, label_names, strata
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.files import repeat_splits
 from vit_finetune.data.splits.leaks import describe_leaks, drop_leaks
@@ -40,6 +41,8 @@ def load_splits(config: DataConfig) -> datasets.DatasetDict:
 
 def carve(source: Source, config: DataConfig, twins: Iterable[tuple[str, str]] = ()) -> datasets.DatasetDict:
     """Train, validation and, unless `test_fraction` is 0, test: stratified by class, by the seed alone.
+
+    An image with several labels counts for the rarest of them (`strata`).
 
     Every class gives each carved split its share, rounded, and at least one image. Images of one group, of
     the same content (where the source has a column digest) and twins stay together; so tied, they count for
@@ -105,9 +108,9 @@ def _carve_train(
     twins: Iterable[tuple[str, str]],
 ) -> dict[str, datasets.Dataset]:
     """Train and the carved splits, each in the order of the source."""
-    labels = column_array(train, "label").to_numpy()
-    classes = len(source.labels)
-    _check_sizes(np.bincount(labels, minlength=classes), carved, source, config)
+    labels, names = strata(train)
+    classes = len(names)
+    _check_sizes(count_labels(train), carved, source, config)
     units = find_units(train, config.split_seed, twins)
     totals = np.bincount(labels, minlength=classes)
     split_of = np.full(len(units.sizes), "train", dtype="<U10")
@@ -117,9 +120,10 @@ def _carve_train(
         wanted["test"] = totals * config.test_fraction
     if config.fold is not None:
         part, parts = map(int, config.fold.split("/"))
-        rest = np.bincount(labels[split_of[units.of_image] == "train"], minlength=classes)
-        _check_folds(rest, parts, source, config)
-        seeds = hash_keys(config.split_seed, (f"class {name}" for name in source.labels))
+        left = split_of[units.of_image] == "train"
+        rest = np.bincount(labels[left], minlength=classes)
+        _check_folds(count_labels(train.select(np.flatnonzero(left))), parts, source, config)
+        seeds = hash_keys(config.split_seed, (f"class {name}" for name in names))
         split_of[cut_folds(units, split_of == "train", parts, seeds % np.uint64(parts)) == part - 1] = (
             "validation"
         )
@@ -131,8 +135,10 @@ def _carve_train(
     found = {split: np.bincount(labels[of_image == split], minlength=classes) for split in ("train", *carved)}
     _check_filled(found, config)
     if len(units.sizes) < len(train):
-        source.notices += _compare(wanted, found, source.labels)
-    return {split: train.select(np.flatnonzero(of_image == split)) for split in found}
+        source.notices += _compare(wanted, found, names)
+    splits = {split: train.select(np.flatnonzero(of_image == split)) for split in found}
+    source.notices += _find_unscored({split: splits[split] for split in carved})
+    return splits
 
 
 def _check_sizes(sizes: Integers, carved: list[str], source: Source, config: DataConfig) -> None:
@@ -286,11 +292,7 @@ def _check_filled(found: dict[str, Integers], config: DataConfig) -> None:
 
 def _check_trained(splits: Mapping[str, datasets.Dataset], source: Source, config: DataConfig) -> None:
     """Raises RunError where another split has images of a class that train has none of."""
-    classes = len(source.labels)
-    has = {
-        split: np.bincount(column_array(dataset, "label").to_numpy(), minlength=classes) > 0
-        for split, dataset in splits.items()
-    }
+    has = {split: count_labels(dataset) > 0 for split, dataset in splits.items()}
     lost = np.logical_or.reduce(list(has.values())) & ~has["train"]
     if lost.any():
         others = [split for split, here in has.items() if (here & lost).any()]
@@ -298,7 +300,21 @@ def _check_trained(splits: Mapping[str, datasets.Dataset], source: Source, confi
             f"{config.path}: no image of {first_of([source.labels[n] for n in np.flatnonzero(lost)], 8)} is "
             f"left to train on, but {' and '.join(others)} has some. Add images of the class in other "
             f"groups, no copies of these, or remove it"
+            + ("; or draw other splits with data.split_seed" if config.multi_label else "")
         )
+
+
+def _find_unscored(carved: Mapping[str, datasets.Dataset]) -> list[str]:
+    """A sentence for each carved split without an image of some label; of one class each, none lacks any."""
+    notices = []
+    for split, dataset in carved.items():
+        absent = [name for name, count in zip(label_names(dataset), count_labels(dataset)) if not count]
+        if absent and is_multi_label(dataset):
+            notices.append(
+                f"{split} has no image of {first_of(absent, 8)}: its scores there say nothing"
+                + (", and its threshold stays at 0.5" if split == "validation" else "")
+            )
+    return notices
 
 
 def _compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pyarrow.csv
 
 from vit_finetune.data.sources.columns import Source, column_array, column_values
 from vit_finetune.data.sources.folders import ALL, SPLIT_NAMES, count_of, first_of
+from vit_finetune.data.sources.labels import is_multi_label, label_texts, list_text
 from vit_finetune.files import write_text
 from vit_finetune.recipe import DataConfig
 from vit_finetune.run import Run, RunError
@@ -24,14 +26,12 @@ COLUMNS = ("id", "label", "split")
 
 
 def save_splits(splits: datasets.DatasetDict, run: Run) -> None:
-    """Writes which image went where: `splits/<split>.csv`, columns id, label, split, and group if any."""
+    """Writes which image went where: `splits/<split>.csv`, columns id, label, split, and group if any.
+
+    Several labels are a JSON list of names.
+    """
     for name, split in splits.items():
-        labels = split.features["label"].names
-        columns = [
-            column_values(split, "id"),
-            [labels[label] for label in column_values(split, "label")],
-            [name] * len(split),
-        ]
+        columns = [column_values(split, "id"), label_texts(split).to_pylist(), [name] * len(split)]
         heads = list(COLUMNS)
         if "group" in split.column_names:
             heads.append("group")
@@ -162,10 +162,21 @@ def _left_out(source: Source, pool: str) -> set[str]:
 
 def _find_relabelled(rows: pa.Table, pool: datasets.Dataset, numbers: npt.NDArray[np.int64]) -> list[str]:
     """A text for each image whose class is not the one that its row names."""
-    names = pa.array(pool.features["label"].names, pa.string())
-    found = names.take(column_array(pool, "label").combine_chunks().take(pa.array(numbers)))
-    other = rows.append_column("found", found).filter(pc.not_equal(rows["label"], pa.chunked_array([found])))
+    found = label_texts(pool).take(pa.array(numbers))
+    named = rows["label"].combine_chunks()
+    if is_multi_label(pool):
+        named = pa.array([_sorted_list(text) for text in named.to_pylist()], pa.string())
+    other = rows.append_column("found", found).filter(pc.not_equal(named, found))
     return [f"{row['id']} ({row['found']}, there {row['label']})" for row in other.to_pylist()]
+
+
+def _sorted_list(text: str) -> str:
+    """A JSON list of names as we write it; a text that is none, as it is."""
+    try:
+        names = json.loads(text)
+    except ValueError:
+        return text
+    return list_text(map(str, names)) if isinstance(names, list) else text
 
 
 def _check_found(where: str, path: str, table: pa.Table, missing: list[str], relabelled: list[str]) -> None:

@@ -12,6 +12,7 @@ import datasets
 from vit_finetune.data.checkup.checkup import Checkup, check_up, raise_errors, require_images
 from vit_finetune.data.checkup.set_findings import describe_listing
 from vit_finetune.data.sources.columns import column_values
+from vit_finetune.data.sources.labels import label_texts
 from vit_finetune.data.sources.source import load_source
 from vit_finetune.data.splits.carving import carve
 from vit_finetune.recipe import DataConfig
@@ -110,7 +111,6 @@ def fingerprint(split: datasets.Dataset) -> str:
     Args:
         split: columns label and digest (each image's content hash, from the reading pass).
     """
-    names = split.features["label"].names
-    rows = zip(column_values(split, "digest"), column_values(split, "label"))
-    lines = sorted(f"{digest} {names[label]}" for digest, label in rows)
+    rows = zip(column_values(split, "digest"), label_texts(split).to_pylist())
+    lines = sorted(f"{digest} {label}" for digest, label in rows)
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -15,6 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from vit_finetune.data.sources.columns import column_array
+from vit_finetune.data.sources.labels import strata
 
 Integers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -29,7 +30,7 @@ class Units:
     sizes: Integers
     """Images of each unit, `(num_units,)`."""
     labels: Integers
-    """The class that most images of each unit have, `(num_units,)`; of equally many the first."""
+    """The class (`strata`) that most images of each unit have, `(num_units,)`; of equally many the first."""
     keys: Hashes
     """Where each unit stands in the order of choosing, `(num_units,)`."""
 
@@ -52,7 +53,7 @@ def find_units(images: datasets.Dataset, seed: int, twins: Iterable[tuple[str, s
         twins: pairs of ids that belong together; those of other images are passed over.
     """
     ids = column_array(images, "id")
-    labels = column_array(images, "label").to_numpy()
+    labels, _ = strata(images)
     keys = hash_keys(seed, ids.to_pylist())
     codes = []
     if "group" in images.column_names:

@@ -209,7 +209,7 @@ def arrange_streams(loaded: datasets.IterableDatasetDict, commit: str, config: D
     if features is None:
         raise RunError(f"{config.path}: does not tell its columns, so it cannot be streamed")
     image = typed_column(config, features, config.image_column, datasets.Image, "data.image_column")
-    label = typed_column(config, features, config.label_column, datasets.ClassLabel, "data.label_column")
+    label = typed_column(config, features, config.class_column, datasets.ClassLabel, "data.label_column")
     streams = {
         split: Stream(_needed_columns(rows, image, label), image, label, features[label])
         for split, rows in splits.items()

@@ -53,7 +53,7 @@ def take_survey(origin: Origin, carving: Carving, config: DataConfig) -> Survey:
     Raises:
         RunError: a broken shard, or rows without images.
     """
-    key = json.dumps([origin.place, str(carving), config.image_column, config.label_column])
+    key = json.dumps([origin.place, str(carving), config.image_column, config.class_column])
     folder = cache_dir() / "streams" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     if not folder.is_dir():
         with folder_written_whole(folder) as aside:
