@@ -308,13 +308,22 @@ def test_poor_trials_are_pruned_and_diverged_ones_passed_over(
 
 
 @pytest.mark.slow
-def test_a_trial_is_what_the_last_weights_score_where_they_are_kept(folder: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(
-        folder, tmp_path / "run", training={"load_best_model_at_end": False, "num_train_epochs": 3}
-    )
-    search = build_search(recipe, ["training.learning_rate=[0.003, 0.05]"])
-    found = trials_in(tune(recipe, search, trials=2))
-    assert [trial["score"] for trial in found] == [list(t["evaluations"].values())[-1] for t in found]
+@pytest.mark.parametrize(("chooses", "score"), [(True, 0.1), (False, 0.7)])
+def test_a_trial_is_judged_by_the_weights_that_would_be_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chooses: bool, score: float
+) -> None:
+    scores, plain = iter([0.5, 0.1, 0.7]), ViTTrainer.evaluate
+
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = plain(self, *args, **kwargs)
+        self.state.log_history[-1]["eval_loss"] = metrics["eval_loss"] = next(scores)
+        return metrics
+
+    monkeypatch.setattr(ViTTrainer, "evaluate", evaluate)
+    training = {"load_best_model_at_end": chooses, "num_train_epochs": 3}
+    recipe = recipe_for(folder, tmp_path / "run", training=training)
+    (found,) = trials_in(tune(recipe, build_search(recipe), trials=1))
+    assert list(found["evaluations"].values()) == [0.5, 0.1, 0.7] and found["score"] == score
 
 
 @pytest.mark.slow
