@@ -110,7 +110,7 @@ def test_the_commands_about_data_are_valid() -> None:
 def test_the_techniques_keys_are_recipes() -> None:
     page = (ROOT / "docs" / "techniques.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 14
+    assert len(examples) == 16
     for example in examples:
         values = yaml.safe_load(example)
         whole = {"data": {"path": "x"}, "model": {"path": "x/y"}}

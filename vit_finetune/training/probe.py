@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 DECADES = range(1, -7, -1)
@@ -143,5 +144,6 @@ def _fit(
         return float(value), gradient.ravel()
 
     options = {"maxiter": 1000, "gtol": tolerance, "ftol": 0.0, "maxcor": 20}
-    found: np.ndarray = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+    with threadpool_limits(1, user_api="blas"):  # products this small cost several threads more than one
+        found: np.ndarray = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
     return found
