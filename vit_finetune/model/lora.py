@@ -54,6 +54,9 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> None:
         revision=commit_of(model.name_or_path),
     )
     peft.inject_adapter_in_model(settings, model)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # to float32 and, under autocast, back again
     model.get_submodule(head).requires_grad_(True)
     settings.modules_to_save = [head]  # for who loads it; set before, PEFT would wrap the head
 
