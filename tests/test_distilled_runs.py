@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import Say, draw_folder, tiny_recipe
+from conftest import TINY_VIT, Say, draw_folder, tiny_recipe
 from fork_server import ForkServer
 from invariants.test_streams import STREAMED, split_shards
 from loopback_hub import LoopbackHub
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_distillation import MIXED, OTHER, write_teacher
 from test_launching import CONFIGS, launch, path_of_package, write_recipe
@@ -21,12 +22,15 @@ from worlds import Division, Place, Trained, check_same, draw_photos, finish
 
 from vit_finetune.checking import check
 from vit_finetune.data.streaming.prepared import prepare_data
+from vit_finetune.files import sha256_of
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_model
+from vit_finetune.model.lora import WEIGHTS
 from vit_finetune.publishing.card import build_card
 from vit_finetune.publishing.report import build_report
-from vit_finetune.recipe import build_recipe
+from vit_finetune.recipe import ModelConfig, TrainingConfig, build_recipe
 from vit_finetune.run import Run, RunError
+from vit_finetune.training.distillation import load_teacher
 from vit_finetune.training.hardware import choose_hardware
 
 
@@ -193,3 +197,35 @@ def test_a_teacher_from_the_hub_is_named_with_its_commit(
     student.report_html.unlink()
     code, _, said = say("train", file, "--resume")
     assert code == 0 and student.read_provenance()["teacher"]["revision"] == commit, said
+
+
+@pytest.mark.slow
+def test_an_adapter_can_be_a_teacher(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Known by its own weights, not by those that it stands beside."""
+    model = {"path": str(pretrained), "method": "lora", "lora_merge": False}
+    values = tiny_recipe(folder, tmp_path / "teacher").model_dump(exclude_unset=True)
+    asked = finetune(build_recipe(values | {"model": model}, name="tiny"))
+    recipe = tiny_recipe(
+        folder, tmp_path / "run", training={"teacher": str(asked.model), "num_train_epochs": 1}
+    )
+    run = finetune(recipe)
+    assert run.read_provenance()["teacher"]["sha256"] == sha256_of(asked.model / WEIGHTS)
+    run.report_html.unlink()
+    with safe_open(asked.model / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    weights = load_file(asked.model / WEIGHTS)
+    weights = {name: value + 0.1 for name, value in weights.items()}
+    save_file(weights, asked.model / WEIGHTS, metadata=metadata)
+    with pytest.raises(RunError, match="no longer the teacher that the run was begun with"):
+        finetune(recipe, resume=True)
+
+
+def test_teachers_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    """A run in the place of its model, with what to write; and one whose images have several labels."""
+    with pytest.raises(RunError, match=f"run is a run, and no model folder: write {run.model}"):
+        load_teacher(TrainingConfig(teacher=str(run.path)), ["blue", "green", "red"])
+    model, processor = load_model(ModelConfig(config=TINY_VIT), ["blue", "red"], multi_label=True)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "several")
+    with pytest.raises(RunError, match="gives each label a probability of its own"):
+        load_teacher(TrainingConfig(teacher=str(tmp_path / "several")), ["blue", "red"])

@@ -32,6 +32,7 @@ from transformers import AutoModelForImageClassification
 
 from vit_finetune.data.transforms import collate, normalize
 from vit_finetune.finetuning import finetune
+from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_model
 from vit_finetune.publishing.card import build_card
 from vit_finetune.publishing.report import build_report
@@ -420,3 +421,16 @@ def test_running_statistics_are_those_of_the_first_process(forks: ForkServer, tm
     history = {e["step"]: e["eval_loss"] for e in json.loads(run.history.read_text()) if "eval_loss" in e}
     published = json.loads(run.report("validation").read_text())["log_loss"]
     assert published == pytest.approx(history[run.read_provenance()["best_step"]], abs=1e-6)
+
+
+def test_what_is_frozen_is_not_kept_twice(pretrained: Path) -> None:
+    """Of LoRA the matrices and the head: it would be the memory of the whole model for nothing."""
+    config = ModelConfig(path=str(pretrained), method="lora")
+    model, _ = load_model(config, ["a", "b", "c"])
+    adapt(model, config)
+    average = WeightAverage(0.9)
+    average.begin(model)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert average.averages.keys() == learning.keys() and len(learning) == 10
+    more = estimate_memory(model, averages=True)[0] - estimate_memory(model)[0]
+    assert more == 4 * sum(parameter.numel() for parameter in learning.values())

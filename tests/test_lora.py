@@ -509,15 +509,3 @@ def test_switched_off_nothing_is_built(folder: Path, pretrained: Path, tmp_path:
         assert not has_lora(model) and all(p.requires_grad for p in model.parameters())
         numbers.append(torch.rand(1))
     assert numbers[0].equal(numbers[1])
-
-
-def test_settings_that_are_not_ours_are_refused(pretrained: Path, tmp_path: Path) -> None:
-    model = load(pretrained)
-    save_adapter(model, tmp_path)
-    model.config.save_pretrained(tmp_path)
-    shutil.copy(pretrained / "preprocessor_config.json", tmp_path)
-    load_checkpoint(str(tmp_path))
-    settings = json.loads((tmp_path / SETTINGS).read_text())
-    (tmp_path / SETTINGS).write_text(json.dumps(settings | {"base_model_name_or_path": None}))
-    with pytest.raises(RunError, match="not the settings of a LoRA adapter of a checkpoint"):
-        load_checkpoint(str(tmp_path))

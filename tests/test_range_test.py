@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import gc
 import json
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import worlds
 from conftest import TINY_VIT, tiny_recipe
 from exactness import AUGMENTED, DROPOUT, EPSILON, same, weights_of
 from fork_server import ForkServer
-from harmed_runs import QUICK, at, ended, send
+from harmed_runs import QUICK, Place, at, ended, send
 from safetensors.torch import load_file
 from shard_files import write_tars
 from torch.utils.data import DataLoader
@@ -34,13 +36,14 @@ from vit_finetune.publishing.charts import draw_range_test
 from vit_finetune.recipe import ModelConfig, Recipe, RecipeError, build_recipe
 from vit_finetune.run import Run, RunError
 from vit_finetune.training import range_test
-from vit_finetune.training.hardware import choose_hardware
+from vit_finetune.training.hardware import choose_hardware, estimate_memory
 from vit_finetune.training.loading import choose_loading
 from vit_finetune.training.range_test import (
     HIGHEST,
     LOWEST,
     STEPS,
     Curve,
+    RangeTest,
     choose_rate,
     run_range_test,
 )
@@ -407,3 +410,63 @@ def test_a_linear_probe_has_no_use_for_it(
     run = finetune(recipe)
     assert "not used by a linear probe: training.learning_rate" in capfd.readouterr().err
     assert "range_test" not in run.read_provenance()
+
+
+@pytest.mark.slow
+def test_the_copy_is_gone_before_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its moments and gradients, 16 bytes a weight, without waiting for the collector to come by."""
+    seen, plain = [], RangeTest.__init__
+
+    def init(self: Any, model: Any, *args: Any) -> None:
+        seen.append(weakref.ref(model))
+        plain(self, model, *args)
+
+    monkeypatch.setattr(RangeTest, "__init__", init)
+    gc.disable()
+    try:
+        range_tested(tiny_recipe(folder, tmp_path / "run", training=AUTO))
+        assert [copy() for copy in seen] == [None]
+    finally:
+        gc.enable()
+
+
+def test_its_copy_is_planned() -> None:
+    """The weights once more; an average is kept later, when the copy is gone."""
+    model, _ = load_model(ModelConfig(config=TINY_VIT), ["a", "b", "c"])
+    weights, plain = 4 * sum(parameter.numel() for parameter in model.parameters()), estimate_memory(model)[0]
+    assert estimate_memory(model, tested=True)[0] == plain + weights
+    assert estimate_memory(model, averages=True, tested=True)[0] == plain + weights
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_the_test(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the recipe leaves such losses out of the log: transformers would have 0 in their place."""
+    plain = RangeTest.compute_loss
+
+    def compute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = plain(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step >= 30 else loss
+
+    monkeypatch.setattr(RangeTest, "compute_loss", compute)
+    training = {**AUTO, "logging_nan_inf_filter": True}
+    curve, _ = range_tested(tiny_recipe(folder, tmp_path / "run", training=training))
+    assert len(curve.losses) == 30 and min(curve.losses) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_end_it_at_the_same_step(place: Place) -> None:
+    """At the first rise of the mean of their losses; each by its own, one would wait for the other for ever."""
+    early = """
+from vit_finetune import planning
+from vit_finetune.training import range_test
+range_test.DIVERGED, planning.choose_rate = 1.0, lambda curve: 1e-3
+"""
+    run = Run(place.folder / "range-of-two")
+    words = ("training.learning_rate=auto", "training.ddp_timeout=15")
+    ended(place.train(run, *words, processes=2, before=early), [0, 0], errors=0)
+    assert 1 < len(run.read_provenance()["range_test"]["losses"]) < STEPS // 2

@@ -19,11 +19,12 @@ from vit_finetune import tuning
 from vit_finetune.cli import app
 from vit_finetune.finetuning import finetune
 from vit_finetune.publishing.tuning_page import build_page
-from vit_finetune.recipe import Recipe, RecipeError, load_recipe
+from vit_finetune.recipe import Recipe, RecipeError, build_recipe, load_recipe
 from vit_finetune.run import RunError
 from vit_finetune.search_space import Dimension, build_search, with_settings
 from vit_finetune.training import hardware, loading
 from vit_finetune.training.trainer import ViTTrainer
+from vit_finetune.training.trials import open_study
 from vit_finetune.tuning import tune
 
 LOSS = {"metric_for_best_model": "loss"}
@@ -60,13 +61,15 @@ def trials_in(folder: Path) -> list[dict[str, Any]]:
 
 def test_the_words_of_a_search(folder: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(folder, tmp_path)
-    rate, epochs, narrow, method, size, off = build_search(recipe, [
+    rate, epochs, narrow, method, size, off, teacher = build_search(recipe, [
         "training.learning_rate=1e-5..1e-3", "training.num_train_epochs=1..20", "training.layer_decay=0.6..1.0",
         "model.method=[full, head]", "training.max_grad_norm=0..10.0", "training.weight_decay=0.1..1",
+        "training.teacher=[../small, ../large]",
     ])  # fmt: skip
     assert (rate.low, rate.high, rate.is_logarithmic, rate.is_integer) == (1e-5, 1e-3, True, False)
     assert (epochs.low, epochs.high, epochs.is_logarithmic, epochs.is_integer) == (1, 20, False, True)
     assert not narrow.is_logarithmic and not size.is_logarithmic and off.is_logarithmic
+    assert teacher.choices == ("../small", "../large")
     assert method.choices == ("full", "head") and not method.is_logarithmic
     assert str(rate) == "training.learning_rate=1e-05..0.001"
 
@@ -87,6 +90,8 @@ def test_the_default_search_is_about_the_recipes_own_rate(folder: Path, tmp_path
         (["training.learning_rat=1e-5..1e-3"], "did you mean training.learning_rate"),
         (["training.learning_rate=1e-3..1e-5"], "from the lower end to the higher"),
         (["training.learning_rate=a..b"], "the ends of a range are numbers"),
+        (["training.learning_rate=1e-5...1e-3"], "stand two dots"),
+        (["training.weight_decay=0..1"], r"write 0.0..1.0 for what lies between, or .*=\[0, 1\]"),
         (["training.learning_rate=-1.0..1.0"], "greater than 0"),
         (["training.label_smoothing_factor=0.0..1.0"], "less than 1"),
         (["model.method=[full, heads]"], "did you mean head"),
@@ -365,3 +370,66 @@ def test_the_page_shows_every_trial_and_runs_nothing() -> None:
     assert page.count("<svg") == 3 and "0.8100" in page and "pruned" in page and "diverged" in page
     empty = build_page({**document, "trials": [], "best": None})
     assert "No trial was scored yet" in empty and "<svg" not in empty
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_in_the_journal_is_no_obstacle(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """optuna's lock, for which it would wait, of a relative path for ever; and half of a line that it adds to."""
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_for(folder, Path("run"), training={"num_train_epochs": 1})
+    search = build_search(recipe)
+    journal = tune(recipe, search, trials=1) / "journal.log"
+    Path(f"{journal}.lock").symlink_to(journal)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":8,"worker_id":"kill')
+    trials = trials_in(tune(recipe, search, trials=2, resume=True))
+    assert [trial["outcome"] for trial in trials] == ["scored", "scored"]
+    assert trials_in(tune(recipe, search, trials=2, resume=True)) == trials  # it can still be read
+    assert not Path(f"{journal}.lock").is_symlink()
+
+
+@pytest.mark.slow
+def test_killed_trials_are_forgotten(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left that seems to run: for one, optuna would be another sampler, and a page would wait."""
+    recipe = recipe_for(folder, tmp_path / "run", training={"num_train_epochs": 1})
+    search = build_search(recipe)
+
+    def stopped(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    plain = tuning._train
+    monkeypatch.setattr(tuning, "_train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe, search, trials=1)
+    monkeypatch.setattr(tuning, "_train", plain)
+    tune(recipe, search, trials=1, resume=True)
+    states = [trial.state.name for trial in open_study(recipe, tmp_path / "run-tune").trials]
+    assert states == ["FAIL", "COMPLETE"]
+
+
+@pytest.mark.slow
+def test_values_that_no_model_can_have_are_said_before_the_first_trial(
+    folder: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """Else a search would end at the trial that draws one, and again at the same one when it is gone on with."""
+    values = recipe_for(folder, tmp_path / "run", training={"num_train_epochs": 1}).model_dump(
+        exclude_unset=True
+    )
+    recipe = build_recipe(values | {"model": {"path": str(pretrained)}}, name="tiny")
+    search = build_search(recipe, ["model.image_size=[16, 17]"])
+    with pytest.raises(
+        RunError, match=r"--search model\.image_size=\[16, 17\]: with 17: .*multiple of the patch"
+    ):
+        tune(recipe, search, trials=2)
+    assert not (tmp_path / "run-tune").exists()
+    search = build_search(recipe, ["model.image_size=16..24"])  # and what lies between is passed over
+    for trials, resume in ((2, False), (4, True)):
+        with pytest.raises(RunError, match="no trial was scored"):
+            tune(recipe, search, trials=trials, resume=resume)
+    tried = [
+        (trial["settings"]["model.image_size"] % 4, trial["outcome"])
+        for trial in trials_in(tmp_path / "run-tune")
+    ]
+    assert len(tried) == 4 and all(rest and outcome == "impossible" for rest, outcome in tried)

@@ -32,7 +32,13 @@ from vit_finetune.final_scores import score_splits, show_scores
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_model
 from vit_finetune.model.lora import has_lora, merge_lora, save_adapter
-from vit_finetune.opening import checkpoint_to_resume, how_to_resume, open_run, same_as_before
+from vit_finetune.opening import (
+    checkpoint_to_resume,
+    how_to_resume,
+    open_run,
+    pinned_base,
+    same_as_before,
+)
 from vit_finetune.planning import (
     check_method,
     form_world,
@@ -100,7 +106,8 @@ def finetune(recipe: Recipe, resume: bool = False, command: str | None = None) -
         classes = plan_classes(recipe, data)
         teacher = load_teacher(recipe.training, data.labels, before)
         set_seed(recipe.training.seed)
-        model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
+        base = pinned_base(recipe.model, before)
+        model, image_processor = load_model(base, data.labels, multi_label=recipe.data.multi_label)
         check_image_processor(image_processor)
         adapt(model, recipe.model)
         hardware = plan_hardware(recipe, model, world, before, teacher)

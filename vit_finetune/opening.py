@@ -14,7 +14,8 @@ from vit_finetune.data.splits.files import save_splits
 from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.transforms import TrainingImages, TrainingIndex
 from vit_finetune.files import write_json, write_text, written_whole
-from vit_finetune.recipe import Recipe, load_recipe
+from vit_finetune.hub_repos import parse_hub_id
+from vit_finetune.recipe import ModelConfig, Recipe, load_recipe
 from vit_finetune.run import Run, RunError
 from vit_finetune.training.checkpoints import newest_intact, remove_leftovers
 from vit_finetune.training.world import World
@@ -47,6 +48,21 @@ def same_as_before(recipe: Recipe, run: Run) -> dict[str, Any] | None:
             f"or start another run with training.output_dir=…"
         )
     return run.read_provenance() if run.provenance.is_file() else None
+
+
+def pinned_base(config: ModelConfig, before: dict[str, Any] | None) -> ModelConfig:
+    """The section with the commit of the checkpoint that a run began with, where that is the Hub's.
+
+    LoRA's checkpoints hold nothing of the weights that they stand beside.
+
+    Args:
+        config: the run's.
+        before: provenance of the run that is resumed; None of a new one.
+    """
+    revision = ((before or {}).get("model") or {}).get("revision")
+    if revision is None or parse_hub_id(str(config.path)) is None:
+        return config
+    return config.model_copy(update={"revision": revision})
 
 
 def checkpoint_to_resume(run: Run, recipe: Recipe, world: World) -> str | None:

@@ -225,7 +225,8 @@ def show_plan(
     steps_per_epoch = max(1, -(-batches // accumulation))
     if steps <= 0:
         steps = -(-int(steps_per_epoch * epochs * 1000) // 1000)
-    fixed, each = estimate_memory(model, recipe.training.ema_decay > 0, teacher and teacher.model)
+    tested = recipe.training.learning_rate == "auto"
+    fixed, each = estimate_memory(model, recipe.training.ema_decay > 0, teacher and teacher.model, tested)
     memory = fixed + each * hardware.batch_size
     say(
         f"{processes} process{'es' if processes > 1 else ''} × {hardware.batch_size} images × "

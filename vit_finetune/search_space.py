@@ -92,12 +92,19 @@ def _parse(word: str) -> Dimension:
         others = f"only keys of {', '.join(SECTIONS)}, and {BALANCED}, can be searched"
         raise RecipeError(f"--search {word}: {others}: the trials are compared on the same images")
     low, dots, high = text.partition("..")
-    if dots:
+    if dots and not text.lstrip().startswith("["):  # as [../a, ../b] does
+        if high.startswith("."):
+            raise RecipeError(f"--search {word}: between the ends of a range stand two dots; {form}")
         ends = [read_value(low, word), read_value(high, word)]
         if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends):
             raise RecipeError(f"--search {word}: the ends of a range are numbers; {form}")
         if not ends[0] < ends[1]:
             raise RecipeError(f"--search {word}: a range goes from the lower end to the higher one")
+        if all(isinstance(end, int) for end in ends) and ends[1] == ends[0] + 1:
+            raise RecipeError(
+                f"--search {word}: between these whole numbers is none: write {ends[0]}.0..{ends[1]}.0 for "
+                f"what lies between, or {key}=[{ends[0]}, {ends[1]}] for these two"
+            )
         return Dimension(key, *ends)
     choices = read_value(text, word)
     if not isinstance(choices, list) or len(choices) < 2:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import HPSearchBackend
 
 from vit_finetune.console import say, show_table, warn, warn_of_findings
@@ -40,11 +40,12 @@ from vit_finetune.run import Diverged, RunError
 from vit_finetune.search_space import Dimension, with_settings
 from vit_finetune.training.arguments import build_arguments
 from vit_finetune.training.callbacks import ProgressDisplay, StopOnSignal
-from vit_finetune.training.distillation import load_teacher
+from vit_finetune.training.distillation import Teacher, load_teacher
 from vit_finetune.training.images import first_images
 from vit_finetune.training.trainer import ViTTrainer
 from vit_finetune.training.trials import (
     JOURNAL,
+    LOCK,
     ask,
     asked,
     check_same,
@@ -97,19 +98,19 @@ def tune(recipe: Recipe, dimensions: list[Dimension], trials: int = 20, resume: 
         data = prepare_data(recipe.data)
         data.splits.pop("test", None)
         begun_with = asked(recipe, dimensions, data.describe(recipe.data.path)["splits"])
-        if resume:
-            study = open_study(recipe, folder)
-            check_same(study, begun_with, folder)
-            pinned = with_settings(recipe, study.user_attrs["pinned"])
-        else:
+        if not resume:
+            _check_values(recipe, dimensions, data, world)
             pins = _plan(recipe, data, world, trials)
             folder.mkdir(parents=True, exist_ok=True)
-            study = open_study(recipe, folder)
-            study.set_user_attr("asked", begun_with)
-            study.set_user_attr("pinned", pins)
-            pinned = with_settings(recipe, pins)
-        search = _Search(pinned, dimensions, data, world, study, folder)
         with held(folder):
+            study = open_study(recipe, folder)
+            if resume:
+                check_same(study, begun_with, folder)
+            else:
+                study.set_user_attr("asked", begun_with)
+                study.set_user_attr("pinned", pins)
+            pinned = with_settings(recipe, study.user_attrs["pinned"])
+            search = _Search(pinned, dimensions, data, world, study, folder)
             forget_killed(study)
             while (done := len(finished(study))) < trials:
                 _try(search, done)
@@ -139,9 +140,42 @@ def _check_start(folder: Path, resume: bool) -> None:
     there = (folder / JOURNAL).is_file()
     if resume and not there:
         raise RunError(f"{folder}: there is no search to go on with; leave out --resume to start one")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        not resume
+        and folder.exists()
+        and (not folder.is_dir() or any(p.name != LOCK for p in folder.iterdir()))
+    ):
         instead = "go on with it with --resume, or " if there else ""
         raise RunError(f"{folder} is there already: {instead}set another training.output_dir=…")
+
+
+def _build(recipe: Recipe, data: PreparedData) -> tuple[PreTrainedModel, BaseImageProcessor, Teacher | None]:
+    """A model as training begins with it, its image processor, and its teacher.
+
+    Raises:
+        RunError: they cannot be had.
+    """
+    set_seed(recipe.training.seed)
+    model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
+    check_image_processor(image_processor)
+    adapt(model, recipe.model)
+    return model, image_processor, load_teacher(recipe.training, data.labels)
+
+
+def _check_values(recipe: Recipe, dimensions: list[Dimension], data: PreparedData, world: World) -> None:
+    """Makes sure that a model can be built with each value that is searched, the others as in the recipe.
+
+    Raises:
+        RunError: with one of them it cannot, which would end the search in the middle.
+    """
+    for dimension in dimensions:
+        for value in dimension.values if dimension.key.startswith("model.") else ():
+            tried = with_settings(recipe, {dimension.key: value})
+            try:
+                check_method(tried, world)
+                _build(tried, data)
+            except RunError as error:
+                raise RunError(f"--search {dimension}: with {value}: {error}") from error
 
 
 def _plan(recipe: Recipe, data: PreparedData, world: World, trials: int) -> dict[str, Any]:
@@ -149,11 +183,7 @@ def _plan(recipe: Recipe, data: PreparedData, world: World, trials: int) -> dict
     training = recipe.training
     epochs = training.num_train_epochs * trials  # what a cache is read for
     shown = recipe.model_copy(update={"training": training.model_copy(update={"num_train_epochs": epochs})})
-    set_seed(training.seed)
-    model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
-    check_image_processor(image_processor)
-    adapt(model, recipe.model)
-    teacher = load_teacher(training, data.labels)
+    model, image_processor, teacher = _build(recipe, data)
     hardware = plan_hardware(recipe, model, world, teacher=teacher)
     hardware.choices += plan_classes(recipe, data)
     train = first_images(data, image_processor, recipe.augmentation, training.seed)
@@ -202,14 +232,15 @@ def _train(search: _Search, recipe: Recipe, trial: Any) -> float:
     arguments only: not the model, the images, their mixing, or what is built from the arguments at the start.
 
     Raises:
+        RecipeError: there is no such model.
         optuna.TrialPruned: at an evaluation, worse than the median of the trials before.
         Diverged: so it did.
     """
     training, data = recipe.training, search.data
-    set_seed(training.seed)
-    model, image_processor = load_model(recipe.model, data.labels, multi_label=recipe.data.multi_label)
-    adapt(model, recipe.model)
-    teacher = load_teacher(training, data.labels)
+    try:
+        model, image_processor, teacher = _build(recipe, data)
+    except RunError as error:
+        raise RecipeError(str(error)) from error
     hardware = plan_hardware(recipe, model, search.world, teacher=teacher)
     train = first_images(
         data, image_processor, recipe.augmentation, training.seed, recipe.data.balanced_sampling

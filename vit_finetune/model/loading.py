@@ -40,7 +40,7 @@ from vit_finetune.model.processing import (
 )
 from vit_finetune.model.resolution import check_divides, resize_model
 from vit_finetune.recipe import ModelConfig
-from vit_finetune.run import CALIBRATION_KEY, RunError
+from vit_finetune.run import CALIBRATION_KEY, Run, RunError
 
 HEADS = re.compile(r"(^|\.)(classifier|cls_classifier|distillation_classifier|head|fc|pooler)\.")
 """Weights that only a checkpoint may have: its old head, and the pooler that classifiers lack."""
@@ -130,15 +130,20 @@ def load_checkpoint(path: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
 
 def _load_beside_base(folder: Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A model of which the folder holds what LoRA has learnt, merged into the checkpoint that it names."""
+    settings = read_adapter(folder)
     with quiet_transformers():
         config = _read_config(str(folder))
         processor = read_processor(str(folder))
     labels = [config.id2label[number] for number in range(config.num_labels)]
-    settings = read_adapter(folder, processor_size(processor))
-    model, _ = load_model(settings, labels, multi_label=config.problem_type == MULTI_LABEL)
+    settings = settings.model_copy(update={"image_size": processor_size(processor)})
+    try:
+        model, _ = load_model(settings, labels, multi_label=config.problem_type == MULTI_LABEL)
+    except RunError as error:
+        raise RunError(f"{folder} is an adapter to {settings.path}: {error}") from error
     add_lora(model, settings)
     load_adapter(model, folder)
     merge_lora(model)
+    model.name_or_path = str(folder)  # what it is, and not what it was trained beside
     for key in FOUND:
         if hasattr(config, key):
             setattr(model.config, key, getattr(config, key))
@@ -212,8 +217,6 @@ def _build_config(config: ModelConfig, labels: Sequence[str], multi_label: bool)
 
 MULTI_LABEL = "multi_label_classification"
 """transformers' `problem_type` of a model whose images may have several labels."""
-
-
 FOUND = (CALIBRATION_KEY, "thresholds")
 """Keys of a config that hold what was found on the validation images, with these weights."""
 
@@ -254,6 +257,8 @@ def _at_hand(path: str, revision: str | None = None) -> str:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if (run := Run(folder)).exists() and not (folder / "config.json").is_file():
+            raise RunError(f"{path} is a run, and no model folder: write {run.model}")
         return str(folder)
     named = parse_hub_id(path)
     if named is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,6 +25,8 @@ SETTINGS = "adapter_config.json"
 """PEFT's names of an adapter's two files."""
 BASE = "base_sha256"
 """In the header of an adapter's weights: the hash of the checkpoint's that they belong beside."""
+OTHER_KINDS = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform")
+"""PEFT's settings of LoRAs that are computed otherwise."""
 PREFIX = "base_model.model."
 """What PEFT has before the name of each weight of an adapter."""
 
@@ -59,6 +61,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> None:
             module.cast_input_dtype_enabled = False  # to float32 and, under autocast, back again
     model.get_submodule(head).requires_grad_(True)
     settings.modules_to_save = [head]  # for who loads it; set before, PEFT would wrap the head
+    settings.base = _sum_base(model)  # now, since its folder may change while the model trains; not saved
 
 
 def import_peft() -> Any:
@@ -89,8 +92,8 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
         targets: ends of the names of linear layers and convolutions, such as `q_proj`.
 
     Raises:
-        RunError: a target matches none or the head, or the model has running statistics, which would
-            change beside what is frozen.
+        RunError: a target matches none, the head or a convolution of groups; or the model has running
+            statistics, which would change beside what is frozen.
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise RunError(
@@ -98,17 +101,24 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
             f"running statistics. Write model.method: full, or head"
         )
     head = _head_name(model)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    grouped = {name for name, module in layers.items() if getattr(module, "groups", 1) > 1}
     for target in targets:
-        matched = [name for name in names if name == target or name.endswith(f".{target}")]
+        matched = [name for name in layers if name == target or name.endswith(f".{target}")]
         if not matched:
-            ends = dict.fromkeys(name.rpartition(".")[2] for name in names if not _is_below(name, head))
+            useful = [name for name in layers if name not in grouped and not _is_below(name, head)]
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in useful)
             raise RunError(
                 f"model.lora_targets: {target!r} matches no layer of {type(model).__name__}; expected some "
                 f"of {', '.join(ends)}"
             )
         if any(_is_below(name, head) for name in matched):
             raise RunError(f"model.lora_targets: {target!r} is the head, which learns whole: leave it out")
+        if grouped.intersection(matched):  # PEFT trains beside them, and has no product to add
+            raise RunError(
+                f"model.lora_targets: {target!r} is a convolution of groups, which LoRA's matrices cannot be "
+                f"merged into: leave it out"
+            )
 
 
 def _head_name(model: PreTrainedModel) -> str:
@@ -136,7 +146,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     (settings,) = model.peft_config.values()
     settings.save_pretrained(folder)
     tensors = {name: tensor.contiguous() for name, tensor in _learnt(model)}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", BASE: _sum_base(model)})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", BASE: settings.base})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -147,19 +157,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
             that it was trained beside.
     """
     own = dict(_learnt(model))
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        base = (file.metadata() or {}).get(BASE)
-        if base is None:
-            raise RunError(
-                f"{folder}: its {WEIGHTS} does not say which weights it was trained beside, as those of "
-                f"vit-finetune do. Load it with the library that wrote it, merge it, and save the whole model"
-            )
-        if base != _sum_base(model):
-            raise RunError(
-                f"{folder}: it was trained beside other weights than {model.name_or_path} has now. Bring "
-                f"those back, or start another run"
-            )
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    (settings,) = model.peft_config.values()
+    base, found = _read_weights(folder)
+    if base != settings.base:
+        raise RunError(
+            f"{folder}: it was trained beside other weights than {model.name_or_path} has now. Bring "
+            f"those back, or start another run"
+        )
     differing = sorted(own.keys() ^ found.keys())
     differing += [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
     if differing:
@@ -169,6 +173,26 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])
+
+
+def _read_weights(folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The hash of what an adapter belongs beside, and its tensors by name.
+
+    Raises:
+        RunError: they are not there, damaged, or not of ours.
+    """
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            base = (file.metadata() or {}).get(BASE)
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder / WEIGHTS}: the adapter's weights cannot be read: {error}") from error
+    if base is None:
+        raise RunError(
+            f"{folder}: its {WEIGHTS} does not say which weights it was trained beside, as those of "
+            f"vit-finetune do. Load it with the library that wrote it, merge it, and save the whole model"
+        )
+    return base, found
 
 
 def _learnt(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -190,29 +214,34 @@ def is_adapter(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and not any(folder.glob("model*.safetensors"))
 
 
-def read_adapter(folder: Path, image_size: tuple[int, int]) -> ModelConfig:
+def read_adapter(folder: Path) -> ModelConfig:
     """How the model is loaded that an adapter belongs to, from its settings.
 
     Args:
         folder: as `save_adapter` wrote it.
-        image_size: height and width in pixels that it was trained at.
 
     Raises:
-        RunError: they are not LoRA's, or do not say which checkpoint it was trained beside.
+        RunError: they are not LoRA's, not those of its weights, or do not say which checkpoint it was
+            trained beside; or the weights are not ours.
     """
     file = folder / SETTINGS
+    _, weights = _read_weights(folder)
     try:
         values = json.loads(file.read_bytes())
+        ranks = {len(tensor) for name, tensor in weights.items() if ".lora_A." in name}
+        if others := [name for name in OTHER_KINDS if values.get(name)]:
+            raise ValueError(f"{others[0]} is {values[others[0]]!r}, which is not read here")
+        if values["peft_type"] != "LORA" or ranks != {values["r"]}:  # before as much memory is asked for
+            raise ValueError(f"{values['peft_type']} of rank {values['r']!r}, which its weights are not")
         return ModelConfig(
             path=values["base_model_name_or_path"],
             revision=values["revision"],
-            image_size=image_size,
             method="lora",
             lora_r=values["r"],
             lora_alpha=values["lora_alpha"],
             lora_targets=sorted(values["target_modules"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file}: not the settings of a LoRA adapter of a checkpoint: {error}") from None
 
 

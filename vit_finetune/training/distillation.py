@@ -15,7 +15,7 @@ from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.transforms import NO_LABEL, check_image_processor, normalize
 from vit_finetune.files import sha256_of
 from vit_finetune.hub_repos import parse_hub_id
-from vit_finetune.model.loading import describe_model, load_checkpoint
+from vit_finetune.model.loading import describe_model, is_multi_label, load_checkpoint
 from vit_finetune.model.processing import processor_size
 from vit_finetune.recipe import TrainingConfig
 from vit_finetune.run import RunError
@@ -84,6 +84,11 @@ def load_teacher(
         check_image_processor(image_processor)
     except RunError as error:
         raise RunError(f"training.teacher: {error}") from error
+    if is_multi_label(model):
+        raise RunError(
+            f"training.teacher: {training.teacher} gives each label a probability of its own, and here an "
+            f"image has one class. Expected a teacher of images of one class"
+        )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     _check_classes(training.teacher, names, labels)
     teacher = Teacher(

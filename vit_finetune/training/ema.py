@@ -23,7 +23,7 @@ class WeightAverage(TrainerCallback):
     (10 + t)), so that the first steps are soon forgotten (tf.train.ExponentialMovingAverage with
     `num_updates`; Polyak and Juditsky, 1992). It begins with the weights that training begins with.
 
-    It takes once more the memory of the weights, on their device: 4 bytes for each.
+    It takes once more the memory of the weights that learn, on their device: 4 bytes for each.
 
     Args:
         decay: in (0, 1), what remains of the average at each step once it is warmed up.
@@ -34,7 +34,7 @@ class WeightAverage(TrainerCallback):
         self.updates = 0
         """Steps of the optimizer that are in the average."""
         self.weights: dict[str, torch.Tensor] = {}
-        """The model's own, by name: what is saved with it and is of floating-point numbers."""
+        """The model's own, by name: what is saved with it, is of floating-point numbers and changes."""
         self.averages: dict[str, torch.Tensor] = {}
         """Of the same names and shapes."""
 
@@ -46,7 +46,8 @@ class WeightAverage(TrainerCallback):
     def begin(self, model: PreTrainedModel) -> None:
         """Lets the average be what the weights of a model are now, on the device that it is on."""
         saved = model.state_dict().keys()
-        tensors = chain(model.named_parameters(), model.named_buffers())
+        learning = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+        tensors = chain(learning, model.named_buffers())
         self.weights = {name: one for name, one in tensors if one.is_floating_point() and name in saved}
         self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.updates = 0

@@ -282,7 +282,8 @@ def _choose_batch(
     free = psutil.virtual_memory().available if use_cpu else torch.cuda.mem_get_info()[0]
     if use_cpu:
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fixed, each = estimate_memory(model, training.ema_decay > 0, teacher)
+    tested = training.learning_rate == "auto"
+    fixed, each = estimate_memory(model, training.ema_decay > 0, teacher, tested)
     batch = LARGEST_AUTOMATIC_BATCH
     while batch > 1 and fixed + batch * each > MEMORY_SHARE * free:
         batch //= 2
@@ -295,12 +296,16 @@ def _choose_batch(
 
 
 def estimate_memory(
-    model: PreTrainedModel, averages: bool = False, teacher: PreTrainedModel | None = None
+    model: PreTrainedModel,
+    averages: bool = False,
+    teacher: PreTrainedModel | None = None,
+    tested: bool = False,
 ) -> tuple[int, int]:
     """Bytes that training takes whatever the batch, and bytes for each image of a batch, in fp32 with AdamW.
 
-    The first are weights, gradients and two moments, and, where `averages` are kept of the weights, these,
-    and the weights of a `teacher`, which keeps nothing for a backward pass.
+    The first are weights, gradients and two moments, and, where `averages` are kept of those that learn,
+    these, and the weights of a `teacher`, which keeps nothing for a backward pass. Where the learning rate is
+    `tested` on a copy of the model, the weights lie beside it, at a time at which no average is kept.
     The second are counted, not guessed: what one image's forward pass keeps for the backward pass. The
     allocator's own share is left out.
     """
@@ -326,7 +331,8 @@ def estimate_memory(
     for buffer, before in buffers:  # what batch norms learnt from it
         buffer.copy_(before)
     asked = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
-    return 4 * (parameters * (2 if averages else 1) + 3 * trained + asked), sum(kept.values()) // 2
+    beside = max(parameters if tested else 0, trained if averages else 0)
+    return 4 * (parameters + 3 * trained + beside + asked), sum(kept.values()) // 2
 
 
 def image_size_of(model: PreTrainedModel) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import random
 import tempfile
@@ -220,6 +221,7 @@ def run_range_test(
         test.train()
         curve = test.curve
         del test
+        gc.collect()  # the Trainer refers to itself, and would keep the copy and its moments
     if hardware.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # `peak_memory` is that of training
@@ -234,6 +236,7 @@ def shortened(training: TrainingConfig) -> TrainingConfig:
         "save_strategy": "no",
         "load_best_model_at_end": False,
         "early_stopping_patience": None,
+        "logging_nan_inf_filter": False,  # would have a loss of 0 where it is NaN
         "ema_decay": 0.0,
         "report_to": "none",
         "lr_scheduler_type": "constant",

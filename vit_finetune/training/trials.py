@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,19 @@ from vit_finetune.search_space import Dimension
 
 JOURNAL = "journal.log"
 """The file in the folder of a search that has all there is to know of its trials."""
+LOCK = ".lock"
+"""What its process holds, and a killed one leaves there."""
 
 
 def open_study(recipe: Recipe, folder: Path) -> Any:
-    """The trials on disk, as lines of JSON."""
+    """The trials on disk, as lines of JSON; to be `held` by this process."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = JournalFileBackend(str(folder / JOURNAL))
+    journal = (folder / JOURNAL).absolute()  # of a relative one, optuna's lock would point to nothing
+    _mend(journal)
+    backend = JournalFileBackend(str(journal))
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
         study_name="tune",
@@ -34,6 +39,14 @@ def open_study(recipe: Recipe, folder: Path) -> Any:
     )
 
 
+def _mend(journal: Path) -> None:
+    """Takes away what a process that was killed, or a full disk, left: a lock, and half of a last line."""
+    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)  # optuna waits for it
+    if journal.is_file():
+        whole = journal.read_bytes().rfind(b"\n") + 1
+        os.truncate(journal, whole)  # or what is added would continue the half line
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """A block in which no other process makes trials there.
@@ -41,7 +54,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process does.
     """
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -50,7 +63,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
 
 
 def asked(recipe: Recipe, dimensions: list[Dimension], images: dict[str, Any]) -> dict[str, Any]:
