@@ -185,6 +185,7 @@ def test_copies_with_other_labels_and_without_any(tmp_path: Path) -> None:
     }
     unlabelled = [row["file_name"] for row in rows if not row["labels"]]
     assert [image.id for image in findings["no-label"].images] == unlabelled
+    assert not findings["no-label"].exclude and "data.exclude" not in findings["no-label"].advice
     # Too few to be split, by the images that have it, not by their sets of labels.
     assert "star (1)" in findings["class-too-small"].message
     assert [image.id for image in findings["class-too-small"].images] == ["other.png"]

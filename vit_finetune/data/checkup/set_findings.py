@@ -152,7 +152,7 @@ def _find_unlabelled(images: Images) -> list[Finding]:
             kind="no-label",
             severity="note",
             message=f"{count_of(len(rows), 'image')} with no label, which the model learns to give none",
-            advice="Leave them out with data.exclude if nobody has looked at them",
+            advice="If nobody has looked at them, take them out of the data",
             count=len(rows),
             images=images.found(rows),
         )

@@ -146,7 +146,8 @@ def _list_rows(root: Path, path: Path, config: DataConfig) -> tuple[list[Row], b
     columns = [str(column) for column in rows[0]]
     file_column = find_column(path, columns, config.image_column, FILE_COLUMNS, "data.image_column")
     label_columns = _find_label_columns(path, columns, config)
-    split_column = next((column for column in columns if column.lower() == "split"), "")
+    others = [column for column in columns if column not in label_columns]
+    split_column = next((column for column in others if column.lower() == "split"), "")
     groups: list[str | None] = [None] * len(rows)
     if config.group in columns:
         groups = group_names(f"{path}: {config.group}", [row.get(config.group) for row in rows])
@@ -226,7 +227,9 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         match path.suffix.lower():
             case ".csv":
                 with path.open(newline="", encoding="utf-8-sig") as file:
-                    rows = list(csv.DictReader(file))
+                    reader = csv.DictReader(file)
+                    rows = list(reader)
+                    _check_headings(path, reader.fieldnames or [])
             case ".jsonl":
                 with path.open(encoding="utf-8") as file:
                     rows = [json.loads(line) for line in file if line.strip()]
@@ -267,3 +270,10 @@ def find_column(
     if column is None:
         raise RunError(f"{where}: found the columns {found}; say which one to use with {key}=…")
     return column
+def _check_headings(path: Path, headings: Sequence[str]) -> None:
+    """Raises RunError where two columns have one name, of which csv would keep the last."""
+    twice = [heading for number, heading in enumerate(headings) if heading in headings[:number]]
+    if twice:
+        raise RunError(f"{path}: two columns are called {twice[0]!r}; expected a name of its own for each")
+
+
