@@ -15,7 +15,7 @@ from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.transforms import NO_LABEL, check_image_processor, normalize
 from vit_finetune.files import sha256_of
 from vit_finetune.hub_repos import parse_hub_id
-from vit_finetune.model.loading import describe_model, load_checkpoint
+from vit_finetune.model.loading import describe_model, is_multi_label, load_checkpoint
 from vit_finetune.model.processing import processor_size
 from vit_finetune.recipe import TrainingConfig
 from vit_finetune.run import RunError
@@ -72,7 +72,8 @@ def load_teacher(
         before: provenance of the run that is resumed.
 
     Raises:
-        RunError: it cannot be loaded, has other classes, or is not the one that the run was begun with.
+        RunError: it cannot be loaded, has other classes or several for one image, or is not the one that the
+            run was begun with.
     """
     if not training.teacher:
         return None
@@ -84,6 +85,11 @@ def load_teacher(
         check_image_processor(image_processor)
     except RunError as error:
         raise RunError(f"training.teacher: {error}") from error
+    if is_multi_label(model):
+        raise RunError(
+            f"training.teacher: {path} was trained on images with several labels, so it gives no probability "
+            f"of one class against the others, and here images have one class. Expected such a teacher"
+        )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     _check_classes(training.teacher, names, labels)
     teacher = Teacher(
