@@ -83,9 +83,9 @@ def _find_label_limits(report: MultiLabelReport) -> list[str]:
     """Sentences about labels that the model misses, or gives wrongly; the numbers with them."""
     rows = class_rows(report)
     missed = sorted((row for row in rows if row.correct < row.support), key=lambda row: row.recall)[:5]
-    wrong = sorted((row for row in rows if row.precision < 1 and row.given), key=lambda row: row.precision)[
-        :5
-    ]
+    wrong = sorted(
+        (row for row in rows if row.correct < row.given), key=lambda row: (row.precision, -row.given)
+    )[:5]
     sentences = [_list_recalls(missed)] if missed else []
     if wrong:
         sentences.append(f"Lowest precision: {'; '.join(map(_say_precision, wrong))}.")

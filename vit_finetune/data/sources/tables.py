@@ -22,6 +22,7 @@ from vit_finetune.data.sources.folders import (
     first_of,
     is_image_name,
     join,
+    walk_folders,
 )
 from vit_finetune.data.sources.groups import group_names
 from vit_finetune.recipe import DataConfig
@@ -68,6 +69,24 @@ def find_tables(root: Path, folders: Sequence[Folder]) -> dict[str, Path]:
             f"{root}: found metadata tables at the top and in split folders; expected one or the other"
         )
     return found
+
+
+def has_column_per_label(path: str, labels: Sequence[str]) -> bool | None:
+    """Whether a table, or a folder's, has a column for each of these labels; None where there is no table.
+
+    Of a .csv it is assumed, since its cells hold no lists.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        tables = [*find_tables(place, walk_folders(place)).values()]
+    else:
+        tables = [place] if place.is_file() and place.suffix.lower() in SUFFIXES else []
+    if not tables:
+        return None
+    return tables[0].suffix.lower() == ".csv" or set(labels) <= _read_headings(tables[0])
 
 
 def _wrapper_depth(folders: Sequence[list[str]]) -> int:
@@ -221,6 +240,16 @@ def _split_of(where: str, value: Any) -> str | None:
     return split
 
 
+def _read_headings(path: Path) -> set[str]:
+    """The columns of a table that is no .csv."""
+    if path.suffix.lower() == ".jsonl":
+        return {*next(iter(_read_table(path)), {})}
+    try:
+        return {*pyarrow.parquet.read_schema(path).names}  # shards hold images, which are not needed here
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"{path}: not a readable table: {error}") from error
+
+
 def _read_table(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]]
     try:
@@ -243,6 +272,13 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         if None in row:  # where csv keeps what it has no heading for
             raise RunError(f"{path}: row {number} has more values than there are columns")
     return rows
+
+
+def _check_headings(path: Path, headings: Sequence[str]) -> None:
+    """Raises RunError where two columns have one name, of which csv would keep the last."""
+    twice = [heading for number, heading in enumerate(headings) if heading in headings[:number]]
+    if twice:
+        raise RunError(f"{path}: two columns are called {twice[0]!r}; expected a name of its own for each")
 
 
 def find_column(
@@ -270,10 +306,3 @@ def find_column(
     if column is None:
         raise RunError(f"{where}: found the columns {found}; say which one to use with {key}=…")
     return column
-def _check_headings(path: Path, headings: Sequence[str]) -> None:
-    """Raises RunError where two columns have one name, of which csv would keep the last."""
-    twice = [heading for number, heading in enumerate(headings) if heading in headings[:number]]
-    if twice:
-        raise RunError(f"{path}: two columns are called {twice[0]!r}; expected a name of its own for each")
-
-
