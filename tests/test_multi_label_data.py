@@ -144,6 +144,12 @@ def test_cells_may_say_true_and_false(tmp_path: Path) -> None:
         ("t.jsonl", [{"labels": "a"}], {}, "row 1: labels holds 'a'; expected a list of names"),
         ("t.jsonl", [{"labels": None}], {}, "row 1: labels holds nothing; expected a list of names ([] for"),
         ("t.jsonl", [{"labels": ["a", None]}], {}, "row 1: labels holds None in its list"),
+        (
+            "t.jsonl",
+            [{}, {"labels": ["a", "b"]}],
+            {},
+            "row 1: labels holds nothing; expected a list of names ([] for",
+        ),
         ("t.jsonl", [{"labels": ["a"]}], {}, "found one class only"),
         (
             "t.csv",

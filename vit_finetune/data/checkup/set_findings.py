@@ -168,7 +168,7 @@ def _find_missing(images: Images, counts: np.ndarray, stops: bool) -> list[Findi
         found.append(
             Finding(
                 kind="class-empty",
-                severity="warning",
+                severity="error" if nowhere.all() else "warning",  # there is nothing to learn
                 message=f"the data has no image of {first_of(names, 8)}",
                 advice="The model will have a class that it never sees; remove the class, or add images",
                 count=len(names),

@@ -162,7 +162,9 @@ def _list_rows(root: Path, path: Path, config: DataConfig) -> tuple[list[Row], b
     rows = _read_table(path)
     if not rows:
         raise RunError(f"{path}: the table has no rows")
-    columns = [str(column) for column in rows[0]]
+    # Objects of .jsonl may leave out what an image does not have, the first one, too.
+    named = {column: None for row in rows for column in row} if path.suffix.lower() == ".jsonl" else rows[0]
+    columns = [str(column) for column in named]
     file_column = find_column(path, columns, config.image_column, FILE_COLUMNS, "data.image_column")
     label_columns = _find_label_columns(path, columns, config)
     others = [column for column in columns if column not in label_columns]
@@ -243,7 +245,7 @@ def _split_of(where: str, value: Any) -> str | None:
 def _read_headings(path: Path) -> set[str]:
     """The columns of a table that is no .csv."""
     if path.suffix.lower() == ".jsonl":
-        return {*next(iter(_read_table(path)), {})}
+        return {column for row in _read_table(path) for column in row}
     try:
         return {*pyarrow.parquet.read_schema(path).names}  # shards hold images, which are not needed here
     except (pa.ArrowException, OSError) as error:
