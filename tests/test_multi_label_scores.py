@@ -91,6 +91,11 @@ def test_limits_name_what_was_given_to_no_image_rightly() -> None:
     (sentence,) = [said for said in find_limits(report) if "precision" in said]
     assert sentence == "Lowest precision: c: 0.0% (0 of 2 images that were given it)."
     assert not any("No label" in said for said in find_limits(report))
+    # Of labels that are missed alike, that with more images, which says more.
+    more = np.array([[1, 1], [0, 1]])
+    missed = find_limits(build_multi_label_report("test", ids[:2], more, more * 0.1, names[:2], half[:2]))
+    assert missed[0].startswith("Lowest recall: b: 0.0% (0 of 2,")
+    assert missed[1].startswith("2 of 2 labels have fewer than 30 images")
     right = find_limits(build_multi_label_report("test", ids, targets, targets * 0.9, names, half))
     assert right[0].startswith("No label of the test split was missed or wrongly given")
 
