@@ -14,6 +14,7 @@ from conftest import TINY_VIT, Say, draw_folder, tiny_recipe
 from finished_run import write_finished_run
 from fork_server import QUICK, ForkServer
 from loopback_hub import LoopbackHub
+from PIL import ExifTags, Image
 from scipy.optimize import minimize
 from sklearn import metrics as sk
 from test_report import Page
@@ -29,8 +30,9 @@ from vit_finetune.evaluation.calibration import (
     measure_calibrated,
     temper,
 )
+from vit_finetune.evaluation.images import own_split
 from vit_finetune.evaluation.prediction import predict
-from vit_finetune.evaluation.scoring import evaluate, own_split
+from vit_finetune.evaluation.scoring import evaluate
 from vit_finetune.files import write_text
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_checkpoint, load_model
@@ -147,8 +149,6 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def logits_of(run: Run, split: str) -> tuple[np.ndarray, np.ndarray]:
     """True classes and logits as anybody computes them, who has transformers and the images."""
-    from PIL import Image
-
     model = AutoModelForImageClassification.from_pretrained(run.model)
     processor = AutoImageProcessor.from_pretrained(run.model)
     rows = own_split(run, split)
@@ -388,17 +388,19 @@ def test_report_and_card_tell_before_and_after(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_code_in_the_card_gives_the_calibrated_probabilities(
-    calibrated: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = Path(calibrated.read_provenance()["data"]["path"])
+def test_the_code_in_the_card_gives_the_calibrated_probabilities(calibrated: Run, tmp_path: Path) -> None:
+    """Of a photo that its EXIF turns, as phones write them."""
+    photo, exif = tmp_path / "turned.png", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(Path(calibrated.read_provenance()["data"]["path"]) / "red" / "1.png") as upright:
+        upright.save(photo, exif=exif)
     card = (calibrated.model / "README.md").read_text()
     block = next(part for part in card.split("```") if CALIBRATION_KEY in part and "import" in part)
     code = block.removeprefix("python").replace("path/to/this/folder", str(calibrated.model))
-    code = code.replace("photo.jpg", str(root / "red" / "1.png"))
+    code = code.replace("photo.jpg", str(photo))
     names: dict[str, Any] = {}
     exec(code, names)
-    answer = predict(calibrated.path, [root / "red" / "1.png"], top=3, calibrated=True)[0]["predictions"]
+    answer = predict(calibrated.path, [photo], top=3, calibrated=True)[0]["predictions"]
     found = sorted(names["probabilities"][0].tolist(), reverse=True)
     assert [item["probability"] for item in answer] == pytest.approx(found, abs=1e-6)
 

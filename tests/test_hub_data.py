@@ -17,7 +17,7 @@ from fork_server import IMPATIENT
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub, Repo
 
-from vit_finetune.evaluation.scoring import _other_data
+from vit_finetune.evaluation.images import other_data
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import DataConfig, ModelConfig, RecipeError, build_recipe
 from vit_finetune.run import Run
@@ -262,12 +262,12 @@ def test_other_data_takes_over_only_what_means_the_same_there() -> None:
     own = DataConfig(
         path="ann/a", subset="s", revision="v1", image_column="i", label_column="l", on_unreadable="skip"
     )
-    other = _other_data(own, "bob/b@v2")
+    other = other_data(own, "bob/b@v2")
     assert (other.path, other.revision, other.subset, other.label_column) == ("bob/b", "v2", None, None)
     assert other.on_unreadable == "skip"
-    assert _other_data(own, "bob/b").revision is None and _other_data(own, "photos/").image_column is None
-    same = _other_data(own, "ann/a")
+    assert other_data(own, "bob/b").revision is None and other_data(own, "photos/").image_column is None
+    same = other_data(own, "ann/a")
     assert (same.revision, same.subset, same.image_column) == ("v1", "s", "i")
-    assert _other_data(own, "ann/a@v2").revision == "v2" and _other_data(own, "ann/a@v2").subset == "s"
-    assert _other_data(DataConfig(path="a.csv", label_column="l"), "b.csv").label_column == "l"
-    assert _other_data(None, "bob/b@v2") == DataConfig(path="bob/b", revision="v2")
+    assert other_data(own, "ann/a@v2").revision == "v2" and other_data(own, "ann/a@v2").subset == "s"
+    assert other_data(DataConfig(path="a.csv", label_column="l"), "b.csv").label_column == "l"
+    assert other_data(None, "bob/b@v2") == DataConfig(path="bob/b", revision="v2")

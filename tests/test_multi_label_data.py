@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.hub import arrange_columns
 from vit_finetune.data.sources.labels import label_names, label_texts, with_labels
 from vit_finetune.data.sources.source import load_source
-from vit_finetune.recipe import DataConfig, Recipe, RecipeError, build_recipe
+from vit_finetune.publishing.dataset import upload_data
+from vit_finetune.recipe import DataConfig, Recipe, RecipeError, build_recipe, load_recipe
 from vit_finetune.run import RunError
 
 # --------------------------------------------------------------------------- the recipe
@@ -142,7 +144,19 @@ def test_cells_may_say_true_and_false(tmp_path: Path) -> None:
         ("t.jsonl", [{"labels": "a"}], {}, "row 1: labels holds 'a'; expected a list of names"),
         ("t.jsonl", [{"labels": None}], {}, "row 1: labels holds nothing; expected a list of names ([] for"),
         ("t.jsonl", [{"labels": ["a", None]}], {}, "row 1: labels holds None in its list"),
+        (
+            "t.jsonl",
+            [{}, {"labels": ["a", "b"]}],
+            {},
+            "row 1: labels holds nothing; expected a list of names ([] for",
+        ),
         ("t.jsonl", [{"labels": ["a"]}], {}, "found one class only"),
+        (
+            "t.csv",
+            [{"a": 1, "split": "train"}, {"a": 0, "split": 1}],
+            {"label_column": ["a", "split"]},
+            "row 1: split holds 'train'; expected 0 or 1",
+        ),
         ("t.jsonl", [{"labels": ["a", "b"]}], {"multi_label": False}, "write data.multi_label=true"),
     ],
 )
@@ -155,6 +169,24 @@ def test_what_cells_cannot_hold(
         load_source(several(table, **options))
     assert said in str(refused.value)
     assert str(table) in str(refused.value) or "found one class" in said
+
+
+def test_a_label_may_be_called_split(tmp_path: Path) -> None:
+    write_images(tmp_path, [[], []])
+    rows = [{"file_name": "000.png", "split": 1, "b": 0}, {"file_name": "001.png", "split": 0, "b": 1}]
+    source = load_source(several(write_rows(tmp_path / "t.csv", rows), label_column=["split", "b"]))
+    assert names_by_id(source.splits["all"]) == {"000.png": ["split"], "001.png": ["b"]}
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_column": ["a", "b"]}, {"multi_label": False, "label_column": "a"}]
+)
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path, options: dict[str, Any]) -> None:
+    """csv would take the last one's cells."""
+    write_images(tmp_path, [[], []])
+    (tmp_path / "t.csv").write_text("file_name,a,b,a,,\n000.png,1,0,0,,\n001.png,0,1,1,,\n")
+    with pytest.raises(RunError, match=r"t\.csv: two columns are called 'a'; expected a name of its own"):
+        load_source(several(tmp_path / "t.csv", **options))
 
 
 def test_folders_say_one_class(folder: Path) -> None:
@@ -259,6 +291,27 @@ def test_parquet_with_image_bytes(tmp_path: Path) -> None:
     assert list(names_by_id(split).values()) == [["day"], ["night"], ["night"]]
 
 
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_a_label_that_the_class_names_lack(tmp_path: Path, multi_label: bool) -> None:
+    labels = [["x"], ["y"], ["star"]]
+    rows = [
+        {"image": draw_shapes([], n), "labels": some if multi_label else some[0]}
+        for n, some in enumerate(labels)
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "labels": datasets.List(datasets.Value("string")) if multi_label else datasets.Value("string"),
+        }
+    )
+    datasets.Dataset.from_list(rows, features).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "classes.txt").write_text("x\ny\n")
+    with pytest.raises(
+        RunError, match=r"labels holds a label that the class names .*star.*; expected one of x, y"
+    ):
+        load_source(several(tmp_path, multi_label=multi_label))
+
+
 def test_webdataset_is_refused(tmp_path: Path) -> None:
     import io
     import tarfile
@@ -281,3 +334,15 @@ def test_labels_counted_in_another_order() -> None:
     assert label_names(other) == ["c2", "c0", "c1"]
     assert label_texts(other).to_pylist() == ['["c0", "c2"]', "[]", '["c1"]']
     assert label_texts(dataset) == label_texts(other)
+
+
+def test_the_command_of_the_card_says_all_that_is_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled recipe smooths labels, which only images of one class have."""
+    upload_data(several(write_jsonl(tmp_path / "shapes", 30)), "ann/shapes", dry_run=True)
+    command = capsys.readouterr().out.partition("vit-finetune train ")[2].partition("\n")[0]
+    name, *overrides = shlex.split(command)
+    recipe = load_recipe(name, overrides)
+    assert recipe.data.multi_label
+    assert recipe.data.path == "ann/shapes"

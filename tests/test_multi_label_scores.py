@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import TINY_VIT
 from finished_run import draw_report
-from labelled_shapes import NAMES, write_jsonl, write_rows
+from labelled_shapes import NAMES, SHAPES, flag_rows, several, write_jsonl, write_rows
 from PIL import Image
 from sklearn import metrics as sk
 from transformers import AutoModelForImageClassification, pipeline
 
 from vit_finetune.data.sources.labels import multi_hot
 from vit_finetune.data.splits.carving import load_splits
+from vit_finetune.evaluation.images import other_data
 from vit_finetune.evaluation.multi_label import (
     build_multi_label_report,
     compute_multi_label_metrics,
@@ -31,9 +32,10 @@ from vit_finetune.evaluation.scoring import evaluate, score, tune
 from vit_finetune.evaluation.verification import verify_scores
 from vit_finetune.files import write_json, write_text
 from vit_finetune.model.loading import load_checkpoint, load_model
+from vit_finetune.publishing.limits import find_limits
 from vit_finetune.recipe import DataConfig, EvaluationConfig, ModelConfig
 from vit_finetune.reports import MultiLabelReport, load_report
-from vit_finetune.run import Report, Run, RunError, wilson_interval
+from vit_finetune.run import CALIBRATION_KEY, Report, Run, RunError, wilson_interval
 
 
 def draw(seed: int, images: int = 60, classes: int = 5, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +61,7 @@ def test_metrics_equal_scikit_learns(seed: int) -> None:
         {
             "mean_average_precision": average,
             "micro_f1": sk.f1_score(truth, predicted, average="micro"),
-            "macro_f1": sk.f1_score(truth, predicted, average="macro", zero_division=0),
+            "macro_f1": sk.f1_score(truth, predicted, average="macro", zero_division=np.nan),
             "exact_match": sk.accuracy_score(truth, predicted),
             "hamming_loss": sk.hamming_loss(truth, predicted),
         },
@@ -68,6 +70,34 @@ def test_metrics_equal_scikit_learns(seed: int) -> None:
     assert (
         compute_multi_label_metrics(np.zeros((3, 2)), np.full((3, 2), 0.2))["mean_average_precision"] == 0.0
     )
+
+
+def test_labels_that_are_nowhere_do_not_lower_the_mean() -> None:
+    """As of classes, whose mean is over those that there are: a model without a mistake has 1."""
+    targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    assert compute_multi_label_metrics(targets, targets * 0.9)["macro_f1"] == 1
+    assert compute_multi_label_metrics(targets, targets * 0.9 + [0, 0, 0.9])["macro_f1"] == pytest.approx(
+        2 / 3
+    )
+    assert compute_multi_label_metrics(targets * 0, targets * 0.1)["macro_f1"] == 0
+
+
+def test_limits_name_what_was_given_to_no_image_rightly() -> None:
+    targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    ids, names, half = ["1", "2", "3"], ["a", "b", "c"], np.full(3, 0.5)
+    wrong = targets * 0.9 + [[0, 0, 0.9], [0, 0, 0], [0, 0, 0.9]]
+    report = build_multi_label_report("test", ids, targets, wrong, names, half)
+    assert [score.given for score in report.per_class.values()] == [2, 2, 2]
+    (sentence,) = [said for said in find_limits(report) if "precision" in said]
+    assert sentence == "Lowest precision: c: 0.0% (0 of 2 images that were given it)."
+    assert not any("No label" in said for said in find_limits(report))
+    # Of labels that are missed alike, that with more images, which says more.
+    more = np.array([[1, 1], [0, 1]])
+    missed = find_limits(build_multi_label_report("test", ids[:2], more, more * 0.1, names[:2], half[:2]))
+    assert missed[0].startswith("Lowest recall: b: 0.0% (0 of 2,")
+    assert missed[1].startswith("2 of 2 labels have fewer than 30 images")
+    right = find_limits(build_multi_label_report("test", ids, targets, targets * 0.9, names, half))
+    assert right[0].startswith("No label of the test split was missed or wrongly given")
 
 
 def try_all(target: np.ndarray, probabilities: np.ndarray) -> float:
@@ -246,6 +276,41 @@ def test_a_model_is_evaluated_on_tables_of_either_kind(photos: Path, saved: Path
     assert evaluate(saved, str(write_rows(photos.parent / "table.csv", flags))) == whole
     assert isinstance(whole, MultiLabelReport)
     assert (whole.split, whole.num_images) == ("all", 40)
+
+
+def test_other_tables_say_it_in_their_own_way(photos: Path, saved: Path, tmp_path: Path) -> None:
+    """Whether the run's own had lists or columns; a folder's table, too."""
+    flags = tmp_path / "flags"
+    table = write_rows(flags / "metadata.csv", flag_rows(flags, 20))
+    for source in (table, flags):
+        assert other_data(config_of(photos), str(source), NAMES).label_column == NAMES
+        assert evaluate(saved, str(source)).num_images == 20
+    by_column = several(table, label_column=list(SHAPES))
+    for source in (photos, photos.parent):
+        assert other_data(by_column, str(source), NAMES).label_column is None
+    rows = write_rows(flags / "rows.parquet", flag_rows(flags, 20))
+    assert other_data(None, str(rows), NAMES).label_column == NAMES
+
+
+def test_lists_need_not_name_every_label_of_the_model(photos: Path, saved: Path) -> None:
+    rows = [json.loads(line) for line in photos.read_text().splitlines()]
+    report = evaluate(saved, str(write_rows(photos, [row for row in rows if "bar" not in row["labels"]])))
+    assert isinstance(report, MultiLabelReport)
+    assert report.labels == NAMES
+    assert (report.per_class["bar"].support, report.per_class["bar"].average_precision) == (0, None)
+    with pytest.raises(RunError, match=r"The model does not know 'star'\. Expected"):
+        evaluate(saved, str(write_rows(photos, [*rows[1:], rows[0] | {"labels": ["star"]}])))
+
+
+def test_a_temperature_is_not_of_several_labels(photos: Path, saved: Path) -> None:
+    """Not even where the config has one, as that of a model which this one was trained from."""
+    file = saved / "config.json"
+    for more in ({}, {CALIBRATION_KEY: 2.0}):
+        write_json(file, json.loads(file.read_text()) | more)
+        with pytest.raises(RunError, match=r"Leave out --calibrated$"):
+            predict(saved, [photos.parent / "000.png"], calibrated=True)
+        with pytest.raises(RunError, match=r"Leave out --calibrated$"):
+            evaluate(saved, str(photos), calibrated=True)
 
 
 def test_a_model_of_one_class_is_none_of_several(photos: Path, tmp_path: Path) -> None:

@@ -88,6 +88,12 @@ def test_groups_stay_together() -> None:
         where[group] == name for name, split in splits.items() for group in column_values(split, "group")
     )
     assert set(where.values()) == {"train", "validation", "test"}
+    # Where groups are too large, the numbers are of what images count for, and not of all that have a label.
+    large: list[str | None] = [f"g{number // 20}" for number in range(200)]
+    source = drawn_source(labels, 4, group=large)
+    carve(source, several("drawn", group="group"))
+    assert "because some belong together: c" in source.notices[0]
+    assert source.notices[0].endswith("(each image by the rarest of its labels)")
 
 
 def test_a_label_that_is_too_rare_to_be_split_is_an_error() -> None:
@@ -185,6 +191,7 @@ def test_copies_with_other_labels_and_without_any(tmp_path: Path) -> None:
     }
     unlabelled = [row["file_name"] for row in rows if not row["labels"]]
     assert [image.id for image in findings["no-label"].images] == unlabelled
+    assert not findings["no-label"].exclude and "data.exclude" not in findings["no-label"].advice
     # Too few to be split, by the images that have it, not by their sets of labels.
     assert "star (1)" in findings["class-too-small"].message
     assert [image.id for image in findings["class-too-small"].images] == ["other.png"]
@@ -204,6 +211,16 @@ def test_a_label_without_training_images(tmp_path: Path) -> None:
         found(table, label_column=[*SHAPES, "star", "moon"])["class-empty"].message
         == "the data has no image of moon"
     )
+
+
+def test_labels_that_no_image_has(tmp_path: Path) -> None:
+    rows = [{**row, "disc": 0, "bar": 0} for row in flag_rows(tmp_path / "photos", 20)]
+    table = write_rows(tmp_path / "photos" / "table.csv", rows)
+    assert found(table, label_column=list(SHAPES))["class-empty"].severity == "warning"
+    # Of which a model would learn nothing.
+    assert found(table, label_column=["disc", "bar"])["class-empty"].severity == "error"
+    with pytest.raises(RunError, match="the data has no image of disc, bar"):
+        prepare_splits(several(table, label_column=["disc", "bar"]))
 
 
 def test_imbalance_names_no_remedy_that_is_refused(tmp_path: Path) -> None:

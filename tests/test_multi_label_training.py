@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY_VIT, tiny_recipe
 from exactness import EPSILON, EVERY_SECOND, build_trainer, same, weights_of, with_and_without_a_break
-from labelled_shapes import recipe_of, write_jsonl
+from labelled_shapes import NAMES, recipe_of, write_jsonl
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import Trainer, TrainingArguments
 
@@ -26,6 +26,9 @@ from vit_finetune.data.transforms import (
     normalize,
 )
 from vit_finetune.model.loading import load_model
+from vit_finetune.recipe import ModelConfig
+from vit_finetune.run import RunError
+from vit_finetune.training.distillation import load_teacher
 from vit_finetune.training.loss import binary_cross_entropy, count_images, cross_entropy
 
 MODERN = {"ema_decay": 0.9, "layer_decay": 0.7, "head_lr_multiplier": 2.0}
@@ -203,3 +206,13 @@ def test_images_of_one_class_have_nothing_of_it(folder: Path, monkeypatch: pytes
     labels = torch.tensor([1, 0, -100])
     logits = torch.randn(3, 3)
     assert cross_entropy(logits, labels).equal(torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_a_teacher_of_several_labels_is_refused(tmp_path: Path) -> None:
+    """Its logits are about each label alone: a softmax of them would be nobody's opinion."""
+    model, processor = load_model(ModelConfig(config=TINY_VIT), NAMES, multi_label=True)
+    model.save_pretrained(tmp_path / "teacher")
+    processor.save_pretrained(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", training={"teacher": str(tmp_path / "teacher")})
+    with pytest.raises(RunError, match=r"training\.teacher: .* was trained on images with several labels"):
+        load_teacher(recipe.training, NAMES)

@@ -236,7 +236,7 @@ def _sent(commit: Commit, files: Files) -> str:
 
 
 def _test_images(run: Run) -> datasets.Dataset:
-    from vit_finetune.evaluation.scoring import own_split
+    from vit_finetune.evaluation.images import own_split
 
     try:
         return own_split(run, "test")

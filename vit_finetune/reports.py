@@ -17,6 +17,8 @@ class LabelScore(ClassScore):
     """Over all thresholds; None where no image has the label."""
     threshold: float
     """Probability from which on an image is said to have the label."""
+    given: int
+    """How many images are said to have it."""
 
 
 class MultiLabelReport(BaseModel):
@@ -30,7 +32,7 @@ class MultiLabelReport(BaseModel):
     micro_f1: float
     """F1 of all decisions about an image and a label together."""
     macro_f1: float
-    """Mean of the labels' F1."""
+    """Mean of the F1 of the labels that an image has or is given."""
     exact_match: float
     """Share of images of which every label is right."""
     exact_match_interval: tuple[float, float]

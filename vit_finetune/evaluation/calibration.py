@@ -8,6 +8,7 @@ from scipy.special import softmax
 from transformers import PreTrainedConfig
 
 from vit_finetune.evaluation.metrics import calibration_bins, expected_calibration_error, log_loss
+from vit_finetune.model.loading import MULTI_LABEL
 from vit_finetune.run import CALIBRATION_KEY, Calibrated, RunError
 
 LOWEST, HIGHEST = 0.1, 10.0
@@ -75,8 +76,13 @@ def temperature_of(config: PreTrainedConfig, where: str) -> float:
         where: it lies, for the message.
 
     Raises:
-        RunError: it holds none, or none that is a number above 0.
+        RunError: it holds none, or none that is a number above 0; or its images may have several labels.
     """
+    if config.problem_type == MULTI_LABEL:
+        raise RunError(
+            f"{where}: the model gives each of several labels a probability of its own, and a temperature is "
+            f"for models of one class per image. Leave out --calibrated"
+        )
     found = getattr(config, CALIBRATION_KEY, None)
     if found is None:
         raise RunError(

@@ -106,14 +106,20 @@ def compute_multi_label_metrics(
 def compare_labels(targets: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Micro F1, macro F1, exact match and Hamming loss by name, each in [0, 1].
 
+    Macro F1 is the mean over the labels that an image has or is given, as with classes: of others there is
+    nothing to be right or wrong about.
+
     Args:
         targets: 1 for each label that an image has, else 0, `(images, classes)`.
         predicted: likewise, of what a model says.
     """
     targets = targets.astype(int)
+    told = targets.any(axis=0) | predicted.astype(bool).any(axis=0)
     return {
         "micro_f1": float(sk.f1_score(targets, predicted, average="micro", zero_division=0.0)),
-        "macro_f1": float(sk.f1_score(targets, predicted, average="macro", zero_division=0.0)),
+        "macro_f1": float(sk.f1_score(targets[:, told], predicted[:, told], average="macro"))
+        if told.any()
+        else 0.0,
         "exact_match": float((targets == predicted).all(axis=1).mean()),
         "hamming_loss": float(sk.hamming_loss(targets, predicted)),
     }
@@ -145,7 +151,8 @@ def build_multi_label_report(
     table = sk.precision_recall_fscore_support(
         targets.astype(int), predicted.astype(int), average=None, zero_division=0.0
     )
-    rows = zip(names, *table, average_precisions(targets, probabilities), thresholds)
+    given = predicted.sum(axis=0)
+    rows = zip(names, *table, average_precisions(targets, probabilities), thresholds, given)
     return MultiLabelReport(
         split=split,
         num_images=len(targets),
@@ -159,8 +166,9 @@ def build_multi_label_report(
                 support=int(support),
                 average_precision=average,
                 threshold=float(threshold),
+                given=int(given),
             )
-            for name, precision, recall, f1, support, average, threshold in rows
+            for name, precision, recall, f1, support, average, threshold, given in rows
         },
         labels=list(names),
         worst_mistakes=_worst_mistakes(ids, targets.astype(bool), probabilities, predicted, names)[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,11 @@ from vit_finetune.console import progress
 from vit_finetune.data.checkup.checkup import leave_out_unreadable
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.folders import ALL
-from vit_finetune.data.sources.hub import is_hub_id
-from vit_finetune.data.sources.labels import label_names, multi_hot, with_labels
+from vit_finetune.data.sources.labels import multi_hot, with_labels
 from vit_finetune.data.sources.source import load_source
-from vit_finetune.data.splits.prepared import fingerprint, pinned
-from vit_finetune.data.streaming.prepared import prepare_data
 from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
 from vit_finetune.evaluation.calibration import measure_calibrated, temperature_of
+from vit_finetune.evaluation.images import check_labels, other_data, own_split, take_split
 from vit_finetune.evaluation.metrics import (
     build_metrics,
     calibration_bins,
@@ -40,9 +38,9 @@ from vit_finetune.evaluation.metrics import (
 )
 from vit_finetune.evaluation.multi_label import build_multi_label_report, read_thresholds, tune_thresholds
 from vit_finetune.files import written_whole
-from vit_finetune.hub_repos import parse_hub_id, quiet_client
+from vit_finetune.hub_repos import quiet_client
 from vit_finetune.model.loading import is_multi_label, load_checkpoint
-from vit_finetune.recipe import DataConfig, EvaluationConfig, load_recipe
+from vit_finetune.recipe import EvaluationConfig, load_recipe
 from vit_finetune.reports import AnyReport, MultiLabelReport
 from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
 
@@ -330,71 +328,14 @@ def evaluate(
             )
         images = own_split(run, split)
     else:
-        other = _other_data(own, data, labels if is_multi_label(model) else None)
+        other = other_data(own, data, labels if is_multi_label(model) else None)
         with quiet_client():
             splits = leave_out_unreadable(load_source(other), other).splits
         split = ALL if list(splits) == [ALL] else split
-        images = _take(splits, split, data)
-    _check_classes(labels, label_names(images), data or str(target))
+        images = take_split(splits, split, data)
+    check_labels(labels, images, data or str(target))
     scores = score(model, image_processor, with_labels(images, labels), split, config or EvaluationConfig())
     return (scores.calibrated(temperature) if temperature else scores).report
-
-
-def own_split(run: Run, split: str) -> datasets.Dataset:
-    """The images of a run's split, read again: columns id, image and label.
-
-    Raises:
-        RunError: they are not there, or no longer those that the run had.
-    """
-    provenance = run.read_provenance()
-    with quiet_client():
-        splits = prepare_data(pinned(load_recipe(run.recipe).data, provenance)).splits
-    images = _take(splits, split, str(run.path))
-    then = provenance["data"]["splits"].get(split)
-    if then and fingerprint(images) != then["fingerprint"]:
-        raise RunError(
-            f"{run.path}: its images have changed since it was trained, so the {split} split would be "
-            f"another one, and perhaps hold images trained on. Bring the old images back, or score others "
-            f"with --data"
-        )
-    return images
-
-
-def _take(splits: Mapping[str, datasets.Dataset], split: str, where: str) -> datasets.Dataset:
-    if split not in splits:
-        raise RunError(f"{where}: there is no split {split!r}; found {', '.join(splits)}")
-    return splits[split]
-
-
-def _other_data(own: DataConfig | None, data: str, several: list[str] | None = None) -> DataConfig:
-    """The images that `--data` names, read as the run's own were as far as that has a meaning there.
-
-    Args:
-        own: the run's; None of a model without a run.
-        data: a data source.
-        several: the model's labels, where an image may have several: in a .csv each has a column.
-    """
-    path, revision = parse_hub_id(data) or (data, None)
-    if own is None:
-        columns = several if path.lower().endswith(".csv") else None
-        return DataConfig(path=path, revision=revision, multi_label=several is not None, label_column=columns)
-    # Groups decide what is carved apart, and nothing is carved here; nor is anything excluded.
-    changes = {"path": path, "group": None, "revision": revision or own.revision}
-    if path != own.path and (is_hub_id(path) or is_hub_id(own.path)):
-        # Subsets, columns and commits are those of one dataset.
-        changes |= {"subset": None, "image_column": None, "label_column": None, "revision": revision}
-    return own.model_copy(update=changes)
-
-
-def _check_classes(known: Sequence[str], found: Sequence[str], where: str) -> None:
-    unknown, absent = [n for n in found if n not in known], [n for n in known if n not in found]
-    if unknown or absent:
-        raise RunError(
-            f"{where}: the classes are not the model's."
-            + (f" The model does not know {', '.join(map(repr, unknown[:10]))}." if unknown else "")
-            + (f" The data lacks {', '.join(map(repr, absent[:10]))}." if absent else "")
-            + " Expected the same class names"
-        )
 
 
 def best_device() -> torch.device:

@@ -53,7 +53,9 @@ def build_dataset_card(
     counts = {name: count_labels(split).tolist() for name, split in splits.items()}
     told = [f for f in checkup.findings if f.severity != "note" or f.kind in TOLD]
     keys = " data.group=group" if "group" in next(iter(facts.values())).features else ""
-    keys += " data.multi_label=true" if is_multi_label(next(iter(splits.values()))) else ""
+    if is_multi_label(next(iter(splits.values()))):
+        # `imagefolder` has smoothing, which is for images of one class.
+        keys += " data.multi_label=true training.label_smoothing_factor=0"
     loading = f'from datasets import load_dataset\n\ndataset = load_dataset("{repo_id}")'
     return build_environment().get_template("dataset_card.md.jinja").render(
         front_matter=Markdown(_metadata(repo_id, splits, facts, license).to_yaml()),

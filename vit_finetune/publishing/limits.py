@@ -56,8 +56,9 @@ def _rarely_seen(report: AnyReport) -> str | None:
     named = "; ".join(f"{row.name}: {row.support}" for row in sorted(few, key=lambda row: row.support)[:10])
     if len(few) > 10:
         named += f"; and {len(few) - 10} more"
+    words = "labels" if isinstance(report, MultiLabelReport) else "classes"
     return (
-        f"{len(few)} of {len(report.labels)} classes {'has' if len(few) == 1 else 'have'} fewer than "
+        f"{len(few)} of {len(report.labels)} {words} {'has' if len(few) == 1 else 'have'} fewer than "
         f"{FEW_IMAGES} images in the {report.split} split, "
         f"too few for a certain score of their own ({named})."
     )
@@ -81,11 +82,9 @@ def _calibrated(report: Report) -> str | None:
 
 def _find_label_limits(report: MultiLabelReport) -> list[str]:
     """Sentences about labels that the model misses, or gives wrongly; the numbers with them."""
-    rows = class_rows(report)
-    missed = sorted((row for row in rows if row.correct < row.support), key=lambda row: row.recall)[:5]
-    wrong = sorted((row for row in rows if row.precision < 1 and row.given), key=lambda row: row.precision)[
-        :5
-    ]
+    missed = worst_by_recall(report, 5)
+    given_wrongly = [row for row in class_rows(report) if row.correct < row.given]
+    wrong = sorted(given_wrongly, key=lambda row: (row.precision, -row.given))[:5]
     sentences = [_list_recalls(missed)] if missed else []
     if wrong:
         sentences.append(f"Lowest precision: {'; '.join(map(_say_precision, wrong))}.")

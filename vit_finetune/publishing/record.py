@@ -140,12 +140,8 @@ class ClassRow:
     correct: int
     average_precision: float | None = None
     threshold: float | None = None
-    """With several labels."""
-
-    @property
-    def given(self) -> int:
-        """Images that the model says are of it."""
-        return round(self.correct / self.precision) if self.correct else 0
+    given: int = 0
+    """With several labels: the images that are said to have it, among others."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,12 @@ def class_rows(report: AnyReport) -> list[ClassRow]:
             correct,
         )
         if isinstance(score, LabelScore):
-            row = replace(row, average_precision=score.average_precision, threshold=score.threshold)
+            row = replace(
+                row,
+                average_precision=score.average_precision,
+                threshold=score.threshold,
+                given=score.given,
+            )
         rows.append(row)
     return rows
 

@@ -47,15 +47,16 @@ def calibrated_usage(record: Record) -> str:
     name, pinned = _published(record)
     if record.is_adapter:
         loading = (
-            "from peft import PeftModel\nfrom PIL import Image\n"
-            "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification\n\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification\n"
+            "from transformers.image_utils import load_image\n\n"
             f"{_load_adapter(record)}"
         )
         config = "config"
     else:
         loading = (
-            "from PIL import Image\n"
-            "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
+            "from transformers import AutoImageProcessor, AutoModelForImageClassification\n"
+            "from transformers.image_utils import load_image\n\n"
             f'name = "{name}"\n'
             f"model = AutoModelForImageClassification.from_pretrained(name{pinned})\n"
             f"image_processor = AutoImageProcessor.from_pretrained(name{pinned})\n"
@@ -63,7 +64,8 @@ def calibrated_usage(record: Record) -> str:
         config = "model.config"
     return (
         f"{loading}"
-        'inputs = image_processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
+        # As a pipeline opens it: turned as its EXIF says.
+        'inputs = image_processor(load_image("photo.jpg"), return_tensors="pt")\n'
         f"probabilities = (model(**inputs).logits / {config}.{CALIBRATION_KEY}).softmax(dim=-1)"
     )
 

@@ -72,7 +72,8 @@ def load_teacher(
         before: provenance of the run that is resumed.
 
     Raises:
-        RunError: it cannot be loaded, has other classes, or is not the one that the run was begun with.
+        RunError: it cannot be loaded, has other classes or several for one image, or is not the one that the
+            run was begun with.
     """
     if not training.teacher:
         return None
@@ -86,8 +87,8 @@ def load_teacher(
         raise RunError(f"training.teacher: {error}") from error
     if is_multi_label(model):
         raise RunError(
-            f"training.teacher: {training.teacher} gives each label a probability of its own, and here an "
-            f"image has one class. Expected a teacher of images of one class"
+            f"training.teacher: {path} was trained on images with several labels, so it gives no probability "
+            f"of one class against the others, and here images have one class. Expected such a teacher"
         )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     _check_classes(training.teacher, names, labels)

@@ -152,7 +152,7 @@ def _find_unlabelled(images: Images) -> list[Finding]:
             kind="no-label",
             severity="note",
             message=f"{count_of(len(rows), 'image')} with no label, which the model learns to give none",
-            advice="Leave them out with data.exclude if nobody has looked at them",
+            advice="If nobody has looked at them, take them out of the data",
             count=len(rows),
             images=images.found(rows),
         )
@@ -168,7 +168,7 @@ def _find_missing(images: Images, counts: np.ndarray, stops: bool) -> list[Findi
         found.append(
             Finding(
                 kind="class-empty",
-                severity="warning",
+                severity="error" if nowhere.all() else "warning",  # there is nothing to learn
                 message=f"the data has no image of {first_of(names, 8)}",
                 advice="The model will have a class that it never sees; remove the class, or add images",
                 count=len(names),

@@ -201,7 +201,13 @@ def _from_parquet(shards: Shards, config: DataConfig) -> Source:
         chosen = config.model_copy(update={"image_column": image})
     else:
         if names and not _names_classes(loaded[next(iter(loaded))].features[label]):
-            loaded = loaded.cast_column(label, label_feature(names, config.multi_label))
+            try:
+                loaded = loaded.cast_column(label, label_feature(names, config.multi_label))
+            except ValueError as error:  # how `datasets` says that a label is none of the names
+                raise RunError(
+                    f"{config.path}: {label} holds a label that the class names beside the shards lack "
+                    f"({error}); expected one of {first_of(names, 12)}"
+                ) from error
         chosen = config.model_copy(update={"image_column": image, "label_column": label})
     source = arrange_columns(loaded, chosen)
     return replace(source, kind="parquet")

@@ -22,6 +22,7 @@ from vit_finetune.data.sources.folders import (
     first_of,
     is_image_name,
     join,
+    walk_folders,
 )
 from vit_finetune.data.sources.groups import group_names
 from vit_finetune.recipe import DataConfig
@@ -68,6 +69,24 @@ def find_tables(root: Path, folders: Sequence[Folder]) -> dict[str, Path]:
             f"{root}: found metadata tables at the top and in split folders; expected one or the other"
         )
     return found
+
+
+def has_column_per_label(path: str, labels: Sequence[str]) -> bool | None:
+    """Whether a table, or a folder's, has a column for each of these labels; None where there is no table.
+
+    Of a .csv it is assumed, since its cells hold no lists.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        tables = [*find_tables(place, walk_folders(place)).values()]
+    else:
+        tables = [place] if place.is_file() and place.suffix.lower() in SUFFIXES else []
+    if not tables:
+        return None
+    return tables[0].suffix.lower() == ".csv" or set(labels) <= _read_headings(tables[0])
 
 
 def _wrapper_depth(folders: Sequence[list[str]]) -> int:
@@ -143,10 +162,13 @@ def _list_rows(root: Path, path: Path, config: DataConfig) -> tuple[list[Row], b
     rows = _read_table(path)
     if not rows:
         raise RunError(f"{path}: the table has no rows")
-    columns = [str(column) for column in rows[0]]
+    # Objects of .jsonl may leave out what an image does not have, the first one, too.
+    named = {column: None for row in rows for column in row} if path.suffix.lower() == ".jsonl" else rows[0]
+    columns = [str(column) for column in named]
     file_column = find_column(path, columns, config.image_column, FILE_COLUMNS, "data.image_column")
     label_columns = _find_label_columns(path, columns, config)
-    split_column = next((column for column in columns if column.lower() == "split"), "")
+    others = [column for column in columns if column not in label_columns]
+    split_column = next((column for column in others if column.lower() == "split"), "")
     groups: list[str | None] = [None] * len(rows)
     if config.group in columns:
         groups = group_names(f"{path}: {config.group}", [row.get(config.group) for row in rows])
@@ -220,13 +242,25 @@ def _split_of(where: str, value: Any) -> str | None:
     return split
 
 
+def _read_headings(path: Path) -> set[str]:
+    """The columns of a table that is no .csv."""
+    if path.suffix.lower() == ".jsonl":
+        return {column for row in _read_table(path) for column in row}
+    try:
+        return {*pyarrow.parquet.read_schema(path).names}  # shards hold images, which are not needed here
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"{path}: not a readable table: {error}") from error
+
+
 def _read_table(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]]
     try:
         match path.suffix.lower():
             case ".csv":
                 with path.open(newline="", encoding="utf-8-sig") as file:
-                    rows = list(csv.DictReader(file))
+                    reader = csv.DictReader(file)
+                    rows = list(reader)
+                    _check_headings(path, reader.fieldnames or [])
             case ".jsonl":
                 with path.open(encoding="utf-8") as file:
                     rows = [json.loads(line) for line in file if line.strip()]
@@ -240,6 +274,13 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         if None in row:  # where csv keeps what it has no heading for
             raise RunError(f"{path}: row {number} has more values than there are columns")
     return rows
+
+
+def _check_headings(path: Path, headings: Sequence[str]) -> None:
+    """Raises RunError where two columns have one name, of which csv would keep the last."""
+    twice = [heading for number, heading in enumerate(headings) if heading in headings[:number]]
+    if twice:
+        raise RunError(f"{path}: two columns are called {twice[0]!r}; expected a name of its own for each")
 
 
 def find_column(

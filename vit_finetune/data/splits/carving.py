@@ -135,7 +135,7 @@ def _carve_train(
     found = {split: np.bincount(labels[of_image == split], minlength=classes) for split in ("train", *carved)}
     _check_filled(found, config)
     if len(units.sizes) < len(train):
-        source.notices += _compare(wanted, found, names)
+        source.notices += _compare(wanted, found, names, is_multi_label(train))
     splits = {split: train.select(np.flatnonzero(of_image == split)) for split in found}
     source.notices += _find_unscored({split: splits[split] for split in carved})
     return splits
@@ -321,8 +321,13 @@ def _compare(
     wanted: dict[str, npt.NDArray[np.floating]],
     found: dict[str, Integers],
     labels: list[str],
+    by_rarest: bool,
 ) -> list[str]:
-    """A sentence for each carved split in which images that belong together made other shares than asked."""
+    """A sentence for each carved split in which images that belong together made other shares than asked.
+
+    `by_rarest` of several labels an image counts.
+    """
+    counted = " (each image by the rarest of its labels)" if by_rarest else ""
     notices = []
     for split, shares in wanted.items():
         off = np.abs(found[split] - shares) > np.maximum(1, shares / 4)
@@ -332,7 +337,7 @@ def _compare(
         if classes:
             notices.append(
                 f"{split} has {found[split].sum():,} images where {shares.sum():,.0f} were asked for, "
-                f"because some belong together: {first_of(classes, 8)}"
+                f"because some belong together: {first_of(classes, 8)}{counted}"
             )
     return notices
 
