@@ -188,6 +188,7 @@ def test_the_papers_speak_of_labels(trained_run: Run) -> None:
             assert f"{score.threshold:.3f}" in paper
     assert "says which of 3 labels an image has" in card
     assert "config.thresholds" in card
+    assert "| Label | Images | Precision |" in card and "Per-label table" in page
     assert "- type: mean_average_precision\n" in card
     assert "Mean average precision on the validation split" in page  # the curve
     # The usage in the card, carried out.
