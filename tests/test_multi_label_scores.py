@@ -28,7 +28,7 @@ from vit_finetune.evaluation.multi_label import (
     tune_thresholds,
 )
 from vit_finetune.evaluation.prediction import predict
-from vit_finetune.evaluation.scoring import evaluate, score, tune
+from vit_finetune.evaluation.scoring import at_best_thresholds, evaluate, score
 from vit_finetune.evaluation.verification import verify_scores
 from vit_finetune.files import write_json, write_text
 from vit_finetune.model.loading import load_checkpoint, load_model
@@ -205,7 +205,9 @@ def saved(photos: Path, tmp_path: Path) -> Path:
     torch.manual_seed(3)
     model, processor = load_model(ModelConfig(config=TINY_VIT), NAMES, multi_label=True)
     split = load_splits(config_of(photos))["validation"]
-    tune(score(model, processor, split, "validation", EvaluationConfig()), model, EvaluationConfig())
+    at_best_thresholds(
+        score(model, processor, split, "validation", EvaluationConfig()), model, EvaluationConfig()
+    )
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
@@ -229,7 +231,7 @@ def test_tuned_f1_is_no_lower_than_at_half(photos: Path) -> None:
     model, processor = load_model(ModelConfig(config=TINY_VIT), NAMES, multi_label=True)
     split = load_splits(config_of(photos))["validation"]
     plain = score(model, processor, split, "validation", EvaluationConfig())
-    tuned = tune(plain, model, EvaluationConfig())
+    tuned = at_best_thresholds(plain, model, EvaluationConfig())
     assert [value.threshold for value in plain.report.per_class.values()] == [0.5] * 3
     for name in NAMES:
         assert tuned.report.per_class[name].f1 >= plain.report.per_class[name].f1

@@ -21,7 +21,7 @@ from vit_finetune import __version__
 from vit_finetune.console import answer, fail, say, show_table
 from vit_finetune.files import is_disk_full
 from vit_finetune.recipe import Recipe, RecipeError, build_data_config, bundled_recipes, load_recipe
-from vit_finetune.reports import AnyReport, MultiLabelReport
+from vit_finetune.reports import all_scores
 from vit_finetune.run import STOPPING, Interrupted, Run, RunError
 from vit_finetune.search_space import build_search
 
@@ -116,7 +116,7 @@ def evaluate(
             _print_json(json.loads(report.to_json()))
             return
         title = f"{target} on {data or 'its own images'}: {report.split}"
-        show_table(title, ["score", ""], _score_rows(report))
+        show_table(title, ["score", ""], all_scores(report))
 
     _guarded(work, debug)
 
@@ -271,35 +271,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _score_rows(report: AnyReport) -> list[list[str]]:
-    """Name and value of each score of a report."""
-    if isinstance(report, MultiLabelReport):
-        low, high = report.exact_match_interval
-        return [
-            ["images", f"{report.num_images:,}"],
-            ["mean average precision", f"{report.mean_average_precision:.4f}"],
-            ["micro F1", f"{report.micro_f1:.4f}"],
-            ["macro F1", f"{report.macro_f1:.4f}"],
-            ["exact match", f"{report.exact_match:.4f}  [{low:.4f}, {high:.4f}]"],
-            ["Hamming loss", f"{report.hamming_loss:.4f}"],
-        ]
-    low, high = report.accuracy_interval
-    rows = [
-        ["images", f"{report.num_images:,}"],
-        ["accuracy", f"{report.accuracy:.4f}  [{low:.4f}, {high:.4f}]"],
-        ["macro F1", f"{report.macro_f1:.4f}"],
-        ["balanced accuracy", f"{report.balanced_accuracy:.4f}"],
-        ["log loss", f"{report.log_loss:.4f}"],
-        ["calibration error", f"{report.ece:.4f}"],
-    ]
-    if after := report.calibrated:
-        rows += [
-            [f"log loss at temperature {after.temperature:.3f}", f"{after.log_loss:.4f}"],
-            [f"calibration error at temperature {after.temperature:.3f}", f"{after.ece:.4f}"],
-        ]
-    return rows
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:

@@ -10,7 +10,7 @@ import torch
 
 from vit_finetune.console import say, show_table, warn
 from vit_finetune.evaluation.calibration import HIGHEST, LOWEST, fit_temperature
-from vit_finetune.evaluation.scoring import Scores, save_mistakes, score, tune
+from vit_finetune.evaluation.scoring import Scores, at_best_thresholds, save_mistakes, score
 from vit_finetune.files import write_text
 from vit_finetune.model.loading import load_checkpoint
 from vit_finetune.recipe import Recipe
@@ -39,7 +39,7 @@ def score_splits(
     for name in [name for name in ("validation", "test") if name in splits]:
         scores = score(model, image_processor, splits[name], name, recipe.evaluation)
         if recipe.data.multi_label and name == "validation":
-            scores = tune(scores, model, recipe.evaluation)
+            scores = at_best_thresholds(scores, model, recipe.evaluation)
             if writes:
                 _add_to_config(run, "thresholds", model.config.thresholds)
         if recipe.evaluation.calibrate:

@@ -75,6 +75,35 @@ def headline_scores(report: AnyReport) -> list[tuple[str, str]]:
     ]
 
 
+def all_scores(report: AnyReport) -> list[list[str]]:
+    """Name and value of each score of a split, images first."""
+    if isinstance(report, MultiLabelReport):
+        low, high = report.exact_match_interval
+        return [
+            ["images", f"{report.num_images:,}"],
+            ["mean average precision", f"{report.mean_average_precision:.4f}"],
+            ["micro F1", f"{report.micro_f1:.4f}"],
+            ["macro F1", f"{report.macro_f1:.4f}"],
+            ["exact match", f"{report.exact_match:.4f}  [{low:.4f}, {high:.4f}]"],
+            ["Hamming loss", f"{report.hamming_loss:.4f}"],
+        ]
+    low, high = report.accuracy_interval
+    rows = [
+        ["images", f"{report.num_images:,}"],
+        ["accuracy", f"{report.accuracy:.4f}  [{low:.4f}, {high:.4f}]"],
+        ["macro F1", f"{report.macro_f1:.4f}"],
+        ["balanced accuracy", f"{report.balanced_accuracy:.4f}"],
+        ["log loss", f"{report.log_loss:.4f}"],
+        ["calibration error", f"{report.ece:.4f}"],
+    ]
+    if after := report.calibrated:
+        rows += [
+            [f"log loss at temperature {after.temperature:.3f}", f"{after.log_loss:.4f}"],
+            [f"calibration error at temperature {after.temperature:.3f}", f"{after.ece:.4f}"],
+        ]
+    return rows
+
+
 def load_report(path: Path) -> AnyReport:
     """The report in a JSON file, of the kind that it holds."""
     text = path.read_text(encoding="utf-8")

@@ -127,7 +127,7 @@ def score(
     return Scores(report, ids, labels, probabilities, logits)
 
 
-def tune(scores: Scores, model: PreTrainedModel, config: EvaluationConfig) -> Scores:
+def at_best_thresholds(scores: Scores, model: PreTrainedModel, config: EvaluationConfig) -> Scores:
     """The scores at the thresholds that are best on these images; the model's config has them afterwards.
 
     Args:
