@@ -146,7 +146,8 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     (settings,) = model.peft_config.values()
     settings.save_pretrained(folder)
     tensors = {name: tensor.contiguous() for name, tensor in _learnt(model)}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", BASE: settings.base})
+    # A second entry would come before or after it by chance, and equal weights would be other bytes.
+    save_file(tensors, folder / WEIGHTS, metadata={BASE: settings.base})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
