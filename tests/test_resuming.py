@@ -64,7 +64,7 @@ def history(run: Run) -> list[dict[str, Any]]:
         ),
         pytest.param(
             ["training.save_total_limit=1"],
-            SIGNALLED.format(function="_score"),
+            SIGNALLED.format(function="score_splits"),
             75,
             20,
             id="where the best and the last are all that is kept",
@@ -226,9 +226,9 @@ plain = finetuning.load_model
 class Last:
     def __del__(self):
         {send(signal.SIGTERM)}
-def load_model(*args):
+def load_model(*args, **kwargs):
     Last()
-    return plain(*args)
+    return plain(*args, **kwargs)
 finetuning.load_model = load_model
 sys.unraisablehook = lambda _: None
 """

@@ -76,7 +76,7 @@ def test_a_signal_while_evaluating(step: int, place: Place, whole: Run, tmp_path
 
 @pytest.mark.parametrize(
     ("function", "begun"),
-    [("prepare_data", False), ("ViTTrainer", True), ("_score", True), ("write_card", True)],
+    [("prepare_data", False), ("ViTTrainer", True), ("score_splits", True), ("write_card", True)],
 )
 def test_a_signal_before_the_first_step_and_after_the_last(
     function: str, begun: bool, place: Place, whole: Run, tmp_path: Path
