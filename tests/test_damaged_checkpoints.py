@@ -93,7 +93,9 @@ def test_a_run_folder_that_was_moved(
     """Its checkpoints know the best one by step, not by the place where it was and another run may be now."""
     run = Run(shutil.copytree(stopped.path, tmp_path / "run"))
     stop = (
-        at(send(signal.SIGTERM), step=13) if when == "while training" else SIGNALLED.format(function="score_splits")
+        at(send(signal.SIGTERM), step=13)
+        if when == "while training"
+        else SIGNALLED.format(function="score_splits")
     )
     ended(place.train(run, before=stop), [75], errors=0)
     moved = Run(run.path.rename(tmp_path / "moved"))
