@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_VIT
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from vit_finetune.data.augmentation import generator_of
+from vit_finetune.data.batches import EpochSampler
 from vit_finetune.data.mixing import build_mixing
 from vit_finetune.data.sources.labels import label_names
 from vit_finetune.data.splits.carving import load_splits
-from vit_finetune.data.transforms import EvaluationImages, TrainingImages
+from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
 from vit_finetune.model.adaptation import adapt
 from vit_finetune.model.loading import load_model
 from vit_finetune.planning import validation_metrics
@@ -124,3 +127,49 @@ def with_and_without_a_break(
     assert kill_at - killed.args.save_steps < int(newest.name.split("-")[1]) <= kill_at
     resumed.train(resume_from_checkpoint=str(newest))
     return whole, resumed
+
+
+PLAIN = {
+    "weight_decay": 0.0,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "warmup_steps": 0,
+    "adam_epsilon": EPSILON,
+}
+"""What of our section `training:` is as `train_plainly` trains; its groups differ but without weight decay."""
+
+
+def train_plainly(start: ViTTrainer, folder: Path) -> PreTrainedModel:
+    """The model after transformers' own Trainer, with the model's own loss, has had the same batches.
+
+    Args:
+        start: ours, before it trains: a recipe with `PLAIN`.
+        folder: where theirs writes to.
+    """
+    seed, processor = start.args.seed, start.image_processor
+
+    class PlainTrainer(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+            return EpochSampler(len(self.train_dataset), seed)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            numbers = generator_of(seed, self.state.global_step, "batch 0")
+            torch.manual_seed(numbers.getrandbits(63))  # dropout's, which ours takes from seed and step
+            return super().training_step(*args, **kwargs)
+
+    def collate_normalized(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate(items)
+        return {**batch, "pixel_values": normalize(batch["pixel_values"], processor)}
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=4, learning_rate=3e-3,
+        weight_decay=0.0, lr_scheduler_type="cosine", use_cpu=True, report_to="none", remove_unused_columns=False,
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, adam_epsilon=EPSILON,
+    )  # fmt: skip
+    plain = PlainTrainer(
+        start.model, arguments, train_dataset=start.train_dataset, data_collator=collate_normalized
+    )
+    with contextlib.redirect_stdout(None):
+        plain.train()
+    return plain.model

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import TINY_VIT, tiny_recipe
-from exactness import EPSILON, EVERY_SECOND, build_trainer, same, weights_of, with_and_without_a_break
+from exactness import (
+    EVERY_SECOND,
+    PLAIN,
+    build_trainer,
+    same,
+    train_plainly,
+    weights_of,
+    with_and_without_a_break,
+)
 from labelled_shapes import NAMES, recipe_of, write_jsonl
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import Trainer, TrainingArguments
 
-from vit_finetune.data.augmentation import generator_of
-from vit_finetune.data.batches import EpochSampler
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import (
     NO_IMAGE,
@@ -118,50 +121,17 @@ def test_what_is_validated_is_what_plain_libraries_give(table: Path, tmp_path: P
 @pytest.mark.slow
 def test_training_equals_the_plain_trainer(table: Path, tmp_path: Path) -> None:
     """transformers' own Trainer with the model's own loss (BCEWithLogitsLoss), dropout included."""
-    training = {
-        "weight_decay": 0.0,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "warmup_steps": 0,
-        "adam_epsilon": EPSILON,
-    }
     recipe = recipe_of(
         table,
         tmp_path,
         model={"config": DROPPING["config"]},
         augmentation={"crop_scale": None},
-        training=training,
+        training=PLAIN,
     )
     ours = build_trainer(recipe, tmp_path / "ours")
     ours.train()
-    start = build_trainer(recipe, tmp_path / "unused")
-
-    class PlainTrainer(Trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-            return EpochSampler(len(self.train_dataset), recipe.training.seed)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            torch.manual_seed(
-                generator_of(recipe.training.seed, self.state.global_step, "batch 0").getrandbits(63)
-            )
-            return super().training_step(*args, **kwargs)
-
-    def collate_normalized(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = collate(items)
-        return {**batch, "pixel_values": normalize(batch["pixel_values"], start.image_processor)}
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "plain"), num_train_epochs=2, per_device_train_batch_size=4, learning_rate=3e-3,
-        weight_decay=0.0, lr_scheduler_type="cosine", use_cpu=True, report_to="none", remove_unused_columns=False,
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, adam_epsilon=EPSILON,
-    )  # fmt: skip
-    plain = PlainTrainer(
-        start.model, arguments, train_dataset=start.train_dataset, data_collator=collate_normalized
-    )
-    with contextlib.redirect_stdout(None):
-        plain.train()
-    for name, value in plain.model.state_dict().items():
+    plain = train_plainly(build_trainer(recipe, tmp_path / "unused"), tmp_path / "plain")
+    for name, value in plain.state_dict().items():
         torch.testing.assert_close(ours.model.state_dict()[name], value, atol=1e-6, rtol=0)
 
 

@@ -15,7 +15,7 @@ from vit_finetune.data.splits.prepared import PreparedData
 from vit_finetune.data.transforms import TrainingImages, TrainingIndex
 from vit_finetune.files import write_json, write_text, written_whole
 from vit_finetune.hub_repos import parse_hub_id
-from vit_finetune.recipe import ModelConfig, Recipe, load_recipe
+from vit_finetune.recipe import ModelConfig, Recipe, find_changes, load_recipe
 from vit_finetune.run import Run, RunError
 from vit_finetune.training.checkpoints import newest_intact, remove_leftovers
 from vit_finetune.training.world import World
@@ -34,13 +34,8 @@ def same_as_before(recipe: Recipe, run: Run) -> dict[str, Any] | None:
             "training.gradient_accumulation_steps", "evaluation.", "hub.")  # fmt: skip
     # A finished run is left as it is, and must not seem to have been calibrated.
     late = ("evaluation.calibrate",) if run.report_html.is_file() else ()
-    changed = [
-        f"{key} was {old[section].get(name)!r}, is {new[section].get(name)!r}"
-        for section in new
-        for name in new[section]
-        if old[section].get(name) != new[section].get(name)
-        and ((key := f"{section}.{name}") in late or not key.startswith(free))
-    ]
+    changes = find_changes(old, new)
+    changed = [text for key, text in changes.items() if key in late or not key.startswith(free)]
     if changed:
         raise RunError(
             f"{run.path}: cannot be resumed with another recipe: {'; '.join(changed)}. Resume it with the "

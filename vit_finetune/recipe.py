@@ -42,6 +42,7 @@ __all__ = [
     "build_data_config",
     "build_recipe",
     "bundled_recipes",
+    "find_changes",
     "find_recipe",
     "load_recipe",
     "read_value",
@@ -105,6 +106,21 @@ class Recipe(Section):
         if resolved:
             values["training"]["output_dir"] = str(self.output_dir)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+
+
+def find_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What recipes say differently: a sentence by key, such as `training.seed`.
+
+    Args:
+        before: a recipe's values, as JSON has them.
+        now: another's.
+    """
+    return {
+        f"{section}.{key}": f"{section}.{key} was {before[section].get(key)!r}, is {value!r}"
+        for section, keys in now.items()
+        for key, value in keys.items()
+        if before[section].get(key) != value
+    }
 
 
 class _Nested(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,19 @@ from exactness import (
     AUGMENTED,
     DROPOUT,
     EPSILON,
+    PLAIN,
     Diary,
     build_trainer,
     same,
+    train_plainly,
     weights_of,
     with_and_without_a_break,
 )
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, ViTForImageClassification, pipeline
+from transformers import ViTForImageClassification, pipeline
 
-from vit_finetune.data.augmentation import generator_of
 from vit_finetune.data.batches import EpochSampler
 from vit_finetune.data.splits.carving import load_splits
 from vit_finetune.data.transforms import EvaluationImages, TrainingImages, collate, normalize
@@ -138,51 +138,13 @@ def test_training_equals_a_plain_loop(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_everything_off_is_the_plain_trainer(folder: Path, tmp_path: Path) -> None:
     """The same batches through transformers' own Trainer, dropout included; weight decay off (its groups differ)."""
-    training = {
-        "weight_decay": 0.0,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "warmup_steps": 0,
-        "adam_epsilon": EPSILON,
-    }
-    recipe = tiny_recipe(
-        folder, tmp_path, model=DROPOUT, augmentation={"crop_scale": None}, training=training
-    )
+    recipe = tiny_recipe(folder, tmp_path, model=DROPOUT, augmentation={"crop_scale": None}, training=PLAIN)
     ours = build_trainer(recipe, tmp_path / "ours")
     ours.train()
 
-    theirs_start = build_trainer(recipe, tmp_path / "unused")
-    processor = theirs_start.image_processor
-
-    class PlainTrainer(Trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-            return EpochSampler(len(self.train_dataset), recipe.training.seed)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            numbers = generator_of(recipe.training.seed, self.state.global_step, "batch 0")
-            torch.manual_seed(numbers.getrandbits(63))  # dropout's, which ours takes from seed and step
-            return super().training_step(*args, **kwargs)
-
-    def collate_normalized(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = collate(items)
-        return {**batch, "pixel_values": normalize(batch["pixel_values"], processor)}
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "plain"), num_train_epochs=2, per_device_train_batch_size=4, learning_rate=3e-3,
-        weight_decay=0.0, lr_scheduler_type="cosine", use_cpu=True, report_to="none", remove_unused_columns=False,
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, adam_epsilon=EPSILON,
-    )  # fmt: skip
-    plain = PlainTrainer(
-        theirs_start.model,
-        arguments,
-        train_dataset=theirs_start.train_dataset,
-        data_collator=collate_normalized,
-    )
-    with contextlib.redirect_stdout(None):
-        plain.train()
+    plain = train_plainly(build_trainer(recipe, tmp_path / "unused"), tmp_path / "plain")
     # The loss is a sum divided by the count here and a mean there: equal but for the last bit.
-    for name, value in plain.model.state_dict().items():
+    for name, value in plain.state_dict().items():
         torch.testing.assert_close(ours.model.state_dict()[name], value, atol=1e-6, rtol=0)
 
 

@@ -6,14 +6,10 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-import jinja2
-
-from vit_finetune.console import printable
 from vit_finetune.files import write_text
+from vit_finetune.publishing.page import page_environment
 from vit_finetune.publishing.picture import Picture, build_picture
 from vit_finetune.run import Finding, Findings, FoundImage
-
-TEMPLATES = Path(__file__).parent.parent / "templates"
 
 MOST_SHOWN = 48
 """Images that the page shows of one finding; findings.json lists all."""
@@ -43,14 +39,7 @@ def write_checkup(document: Findings, pictures: Pictures, folder: Path) -> Path:
 
 def build_page(document: Findings, pictures: Pictures) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
+    environment = page_environment()
     environment.filters["number"] = "{:,}".format
     return environment.get_template("checkup.html.jinja").render(
         document=document,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
+from vit_finetune.publishing.page import TEMPLATES
 from vit_finetune.publishing.record import one_line
 from vit_finetune.publishing.redaction import Markdown, escape_markdown, without_paths
 from vit_finetune.run import RunError
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_NAMED = 5
 """Images that a card names of each finding; their number stands in its sentence."""
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?\n|)---[ \t]*(?:\n(.*)|)", re.DOTALL)

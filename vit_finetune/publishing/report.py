@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from vit_finetune.console import printable
 from vit_finetune.files import write_text
 from vit_finetune.publishing import charts
 from vit_finetune.publishing.multi_label import label_score_rows, multi_label_reports
+from vit_finetune.publishing.page import page_environment
 from vit_finetune.publishing.picture import Picture, build_picture
 from vit_finetune.publishing.record import (
     Record,
@@ -31,7 +30,6 @@ from vit_finetune.publishing.record import (
 from vit_finetune.reports import AnyReport, MultiLabelReport
 from vit_finetune.run import Mistake, Run
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 MOST_BARS = 20
 """With more classes, the bars show only this many: the worst."""
 
@@ -49,14 +47,7 @@ def write_report(run: Run) -> Path:
 def build_report(run: Run) -> str:
     """The page; what the run did not leave is left out or said to be missing."""
     record = load_record(run)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
+    environment = page_environment()
     environment.filters.update(
         percent=percent,
         interval=interval,

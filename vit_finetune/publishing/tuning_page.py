@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from vit_finetune.console import printable
 from vit_finetune.files import write_text
 from vit_finetune.publishing import charts
+from vit_finetune.publishing.page import page_environment
 from vit_finetune.publishing.record import duration
-
-TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
 def write_tuning_page(document: dict[str, Any], folder: Path) -> Path:
@@ -30,14 +27,7 @@ def write_tuning_page(document: dict[str, Any], folder: Path) -> Path:
 
 def build_page(document: dict[str, Any]) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
+    environment = page_environment()
     environment.filters.update(duration=duration, setting=_setting)
     trials = document["trials"]
     keys = list(trials[0]["settings"]) if trials else []

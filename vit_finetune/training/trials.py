@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 
 from vit_finetune.data.augmentation import generator_of
-from vit_finetune.recipe import Recipe
+from vit_finetune.recipe import Recipe, find_changes
 from vit_finetune.run import RunError
 from vit_finetune.search_space import Dimension
 
@@ -95,12 +95,7 @@ def check_same(study: Any, now: dict[str, Any], folder: Path) -> None:
             f"{folder}: the search was stopped before it began: remove the folder, and say the same again "
             f"without --resume"
         )
-    changed = [
-        f"{section}.{key} was {before['recipe'][section].get(key)!r}, is {value!r}"
-        for section, keys in now["recipe"].items()
-        for key, value in keys.items()
-        if before["recipe"][section].get(key) != value
-    ]
+    changed = list(find_changes(before["recipe"], now["recipe"]).values())
     if before["search"] != now["search"]:
         changed.append(f"the search was {before['search']}, is {now['search']}")
     if before["images"] != now["images"]:

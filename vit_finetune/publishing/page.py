@@ -1,0 +1,23 @@
+"""What the pages for people are written with: HTML that is escaped, and holds nothing unprintable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from vit_finetune.console import printable
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+
+
+def page_environment() -> jinja2.Environment:
+    """The environment of report.html, checkup.html and tune.html; text in it is escaped and printable."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
