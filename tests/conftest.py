@@ -25,6 +25,7 @@ from vit_finetune.run import Run
 if TYPE_CHECKING:
     from harmed_runs import Place
     from loopback_hub import LoopbackHub
+    from playwright.sync_api import Browser
 
 Say = Callable[..., tuple[int, str, str]]
 
@@ -130,6 +131,21 @@ def run(trained: Run, tmp_path: Path) -> Run:
     """A copy of the finished run."""
     shutil.copytree(trained.path, tmp_path / "run")
     return Run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium that reaches nothing beyond this machine."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=quiet)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
