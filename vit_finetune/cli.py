@@ -103,12 +103,32 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Images to score on; a run's own if left out.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     calibrated: Calibrated = False,
+    image_size: Annotated[
+        list[int] | None,
+        typer.Option(metavar="PIXELS", min=1, help="Also at another image size; repeatable."),
+    ] = None,
+    corruptions: Annotated[
+        bool, typer.Option("--corruptions", help="Also on images made worse: noise, blur, JPEG …")
+    ] = False,
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="The page of sizes and corruptions.")
+    ] = "robustness.html",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Score a run or a model again, on its own or other images."""
+    if calibrated and (image_size or corruptions):
+        fail("--calibrated goes with neither --image-size nor --corruptions; leave it out")
+        raise typer.Exit(2)
 
     def work() -> None:
+        if image_size or corruptions:
+            from vit_finetune.robustness import evaluate_robustness
+
+            found = evaluate_robustness(target, data, split, image_size or [], corruptions, output)
+            if as_json:
+                _print_json(found)
+            return
         from vit_finetune.evaluation.scoring import evaluate
 
         report = evaluate(target, data, split, calibrated=calibrated)
@@ -173,6 +193,25 @@ def tune(
         from vit_finetune.tuning import tune
 
         tune(loaded, dimensions, trials, resume=resume)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Folders of finished runs.")],
+    output: Annotated[str, typer.Option(metavar="FILE", help="The page to write.")] = "comparison.html",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put runs side by side: scores, paired tests, costs, and images that only one gets right."""
+
+    def work() -> None:
+        from vit_finetune.comparing import compare
+
+        document = compare(runs, output)
+        if as_json:
+            _print_json(document)
 
     _guarded(work, debug)
 

@@ -15,7 +15,8 @@ from vit_finetune.data.sources.folders import is_image_name, walk_files
 from vit_finetune.data.transforms import resize
 from vit_finetune.evaluation.calibration import temper, temperature_of
 from vit_finetune.evaluation.multi_label import read_thresholds
-from vit_finetune.evaluation.scoring import best_device, predict_logits, probabilities_of
+from vit_finetune.evaluation.scoring import predict_logits, probabilities_of
+from vit_finetune.evaluation.target import best_device
 from vit_finetune.model.loading import is_multi_label, load_checkpoint
 from vit_finetune.run import Run, RunError
 

@@ -20,14 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from vit_finetune.console import progress
-from vit_finetune.data.checkup.checkup import leave_out_unreadable
 from vit_finetune.data.sources.columns import column_values
-from vit_finetune.data.sources.folders import ALL
-from vit_finetune.data.sources.labels import multi_hot, with_labels
-from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.sources.labels import multi_hot
 from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
 from vit_finetune.evaluation.calibration import measure_calibrated, temperature_of
-from vit_finetune.evaluation.images import check_labels, other_data, own_split, take_split
 from vit_finetune.evaluation.metrics import (
     build_metrics,
     calibration_bins,
@@ -37,10 +33,10 @@ from vit_finetune.evaluation.metrics import (
     top_k_accuracy,
 )
 from vit_finetune.evaluation.multi_label import build_multi_label_report, read_thresholds, tune_thresholds
+from vit_finetune.evaluation.target import open_target
 from vit_finetune.files import written_whole
-from vit_finetune.hub_repos import quiet_client
-from vit_finetune.model.loading import is_multi_label, load_checkpoint
-from vit_finetune.recipe import EvaluationConfig, load_recipe
+from vit_finetune.model.loading import is_multi_label
+from vit_finetune.recipe import EvaluationConfig
 from vit_finetune.reports import AnyReport, MultiLabelReport
 from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
 
@@ -96,6 +92,7 @@ def score(
     split: datasets.Dataset,
     name: str,
     config: EvaluationConfig,
+    shown: Dataset[dict[str, Any]] | None = None,
 ) -> Scores:
     """The report of a model on a split: each image counts once, at any batch size and number of processes.
 
@@ -108,11 +105,15 @@ def score(
         split: columns id, image and label.
         name: of the split.
         config: the recipe's section.
+        shown: what the model is shown in the place of the split's images, row for row; items as
+            `EvaluationImages` has them.
     """
     images = EvaluationImages(split, image_processor)
     # On a CPU loader processes would take the cores that compute.
     workers = 0 if model.device.type == "cpu" else min(8, max(1, cores_here() - 1))
-    logits = predict_logits(model, image_processor, images, config.batch_size, f"scoring {name}", workers)
+    logits = predict_logits(
+        model, image_processor, shown or images, config.batch_size, f"scoring {name}", workers
+    )
     probabilities = probabilities_of(logits, model)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     ids = column_values(split, "id")
@@ -310,35 +311,7 @@ def evaluate(
     Raises:
         RunError: no model there, no such split, classes that are not the model's, or no temperature.
     """
-    run = Run(target)
-    if run.exists():
-        recipe = load_recipe(run.recipe)
-        own, config = recipe.data, config or recipe.evaluation
-        model, image_processor = load_checkpoint(str(run.model))
-    else:
-        own = None
-        model, image_processor = load_checkpoint(str(target))
-    temperature = temperature_of(model.config, str(target)) if calibrated else None
-    model = model.to(best_device())
-    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    if data is None:
-        if own is None:
-            raise RunError(
-                f"{target} is a model, not a run: say which images to score it on with --data PATH"
-            )
-        images = own_split(run, split)
-    else:
-        other = other_data(own, data, labels if is_multi_label(model) else None)
-        with quiet_client():
-            splits = leave_out_unreadable(load_source(other), other).splits
-        split = ALL if list(splits) == [ALL] else split
-        images = take_split(splits, split, data)
-    check_labels(labels, images, data or str(target))
-    scores = score(model, image_processor, with_labels(images, labels), split, config or EvaluationConfig())
+    opened = open_target(target, data, split, config)
+    temperature = temperature_of(opened.model.config, str(target)) if calibrated else None
+    scores = score(opened.model, opened.image_processor, opened.images, opened.split, opened.config)
     return (scores.calibrated(temperature) if temperature else scores).report
-
-
-def best_device() -> torch.device:
-    """The accelerator, or else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")

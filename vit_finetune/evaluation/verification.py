@@ -20,7 +20,8 @@ from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.sources.labels import multi_hot
 from vit_finetune.data.transforms import ImageFiles
 from vit_finetune.evaluation.multi_label import compare_labels
-from vit_finetune.evaluation.scoring import best_device, compute_label_metrics
+from vit_finetune.evaluation.scoring import compute_label_metrics
+from vit_finetune.evaluation.target import best_device
 from vit_finetune.model.loading import load_checkpoint, quiet_transformers
 from vit_finetune.model.lora import is_adapter
 from vit_finetune.reports import AnyReport, MultiLabelReport, load_report

@@ -1,28 +1,29 @@
-"""Charts of a run as SVG to stand inside a page: matplotlib's objects, no display, no global figure."""
+"""Charts of a run, drawn from its numbers."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    StrMethodFormatter,
-    SymmetricalLogLocator,
-)
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter, SymmetricalLogLocator
 
+from vit_finetune.publishing.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    build_figure,
+    chart_style,
+    draw_svg,
+    use_log_scale,
+)
 from vit_finetune.publishing.record import ClassRow, bin_count, one_line, percent
 from vit_finetune.run import CalibrationBin, Report
 
@@ -30,28 +31,6 @@ READABLE_CLASSES = 30
 """Above this many classes the confusion matrix carries neither names nor numbers."""
 MOST_POINTS = 400
 """A curve with more logged steps shows means over neighbouring ones."""
-
-BLUE, ORANGE, GREEN, GREY, INK = "#2f5d8a", "#c8642b", "#4f8f6b", "#8a8f98", "#24292f"
-_STYLE: Any = {
-    "svg.fonttype": "none",  # browsers' fonts know more scripts, and text can be searched
-    "text.parse_math": False,  # a class may be called "$5"
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e6e8eb",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "legend.fancybox": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-
 
 # --------------------------------------------------------------------------- learning curves
 
@@ -61,8 +40,8 @@ def draw_losses(history: Sequence[dict[str, Any]], chosen_epoch: float | None) -
     training, validation = _series(history, "loss"), _series(history, "eval_loss")
     if not training and not validation:
         return None
-    with _style("losses"):
-        figure, axes = _figure(3.7, 2.7, "Epoch", "Loss (nats per image)")
+    with chart_style("losses"):
+        figure, axes = build_figure(3.7, 2.7, "Epoch", "Loss (nats per image)")
         if training:
             axes.plot(*zip(*_thinned(training)), color=BLUE, linewidth=1.2, label="training")
         if validation:
@@ -71,8 +50,8 @@ def draw_losses(history: Sequence[dict[str, Any]], chosen_epoch: float | None) -
             )
         _mark_epoch(axes, chosen_epoch)
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right")
-        return _svg(figure, "losses", "Training and validation loss by epoch")
+        axes.legend(loc="best")
+        return draw_svg(figure, "losses", "Training and validation loss by epoch")
 
 
 def draw_accuracy(history: Sequence[dict[str, Any]], chosen_epoch: float | None) -> str | None:
@@ -90,14 +69,14 @@ def _draw_score(history: Sequence[dict[str, Any]], chosen_epoch: float | None, n
     if not points:
         return None
     words = name.replace("_", " ")
-    with _style(name):
-        figure, axes = _figure(3.7, 2.7, "Epoch", f"Validation {words} (%)")
+    with chart_style(name):
+        figure, axes = build_figure(3.7, 2.7, "Epoch", f"Validation {words} (%)")
         axes.plot(*zip(*points), color=ORANGE, linewidth=1.6, marker="o", markersize=3)
         axes.set_ylim(top=min(100.5, max(value for _, value in points) + 5))
         _mark_epoch(axes, chosen_epoch)
         if chosen_epoch is not None:
             axes.legend(loc="lower right")
-        return _svg(figure, name, f"Validation {words} by epoch")
+        return draw_svg(figure, name, f"Validation {words} by epoch")
 
 
 def draw_learning_rate(history: Sequence[dict[str, Any]]) -> str | None:
@@ -105,31 +84,31 @@ def draw_learning_rate(history: Sequence[dict[str, Any]]) -> str | None:
     points = _series(history, "learning_rate")
     if not points:
         return None
-    with _style("rate"):
-        figure, axes = _figure(3.7, 2.7, "Epoch", "Learning rate (per step)")
+    with chart_style("rate"):
+        figure, axes = build_figure(3.7, 2.7, "Epoch", "Learning rate (per step)")
         axes.plot(*zip(*_thinned(points)), color=GREEN, linewidth=1.4)
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-        return _svg(figure, "rate", "Learning rate by epoch")
+        return draw_svg(figure, "rate", "Learning rate by epoch")
 
 
 def draw_range_test(test: dict[str, Any] | None) -> str | None:
     """The losses of a range test by learning rate, with the rate that was chosen; None without a test."""
     if not test:
         return None
-    with _style("range"):
-        figure, axes = _figure(3.7, 2.7, "Learning rate", "Loss (nats per image)")
+    with chart_style("range"):
+        figure, axes = build_figure(3.7, 2.7, "Learning rate", "Loss (nats per image)")
         axes.plot(test["rates"], test["losses"], color=BLUE, linewidth=0.7, alpha=0.5, label="each step")
         axes.plot(test["rates"], test["smoothed"], color=BLUE, linewidth=1.6, label="smoothed")
         axes.axvline(test["chosen"], color=ORANGE, linewidth=1.2, linestyle="--")
         axes.plot([], [], color=ORANGE, linestyle="--", label=f"chosen: {test['chosen']:.2g}")
-        _use_log_scale(axes)
+        use_log_scale(axes)
         # A loss that has diverged would leave nothing to be seen of the descent.
         low, high = min(test["smoothed"]), test["smoothed"][0]
         room = max(high - low, 0.05 * high)
         axes.set_ylim(low - 2 * room, high + 2 * room)
         axes.legend(loc="lower left", fontsize=8)
-        return _svg(figure, "range", "Training loss by learning rate, and the rate that was chosen")
+        return draw_svg(figure, "range", "Training loss by learning rate, and the rate that was chosen")
 
 
 def _mark_epoch(axes: Axes, epoch: float | None) -> None:
@@ -163,14 +142,16 @@ def draw_confusion(report: Report) -> str:
     side = max(2.2, 0.36 * size) if labelled else 5.0
     names = [one_line(label, 18) for label in report.labels]
     margin = 0.7 + (0.075 * max(map(len, names)) if labelled else 0.3)
-    with _style("confusion"):
-        figure, axes = _figure(
+    with chart_style("confusion"):
+        figure, axes = build_figure(
             side + margin + 0.9, side + margin, "Predicted class", "True class", grid=False
         )
         # "none" embeds one pixel per cell, which the page enlarges without blurring.
         # Without numbers, only a steeper scale shows a confusion of a few per cent.
         scale = PowerNorm(1 if labelled else 0.4, vmin=0, vmax=1)
-        image = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="none")
+        # From nothing to blue, so that the page's own colour, light or dark, is the one of no images.
+        blues = LinearSegmentedColormap.from_list("", [(BLUE, 0), (BLUE, 1)])
+        image = axes.imshow(shares, cmap=blues, norm=scale, interpolation="none")
         bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.03)
         bar.set_label("Share of the true class")
         bar.outline.set_visible(False)
@@ -194,14 +175,16 @@ def draw_confusion(report: Report) -> str:
             axes.set_xlabel("Predicted class (number)")
             axes.set_ylabel("True class (number)")
         axes.tick_params(length=0)
-        return _svg(figure, "confusion", "Confusion matrix: rows are true classes, columns predicted ones")
+        return draw_svg(
+            figure, "confusion", "Confusion matrix: rows are true classes, columns predicted ones"
+        )
 
 
 def draw_classes(rows: Sequence[ClassRow]) -> str:
     """Precision, recall and F1 of some classes as bars, the first class on top."""
     names = [one_line(row.name, 26) for row in rows]
-    with _style("classes"):
-        figure, axes = _figure(7.2, 1.1 + 0.42 * len(rows), "Score (%)", "Class", grid=False)
+    with chart_style("classes"):
+        figure, axes = build_figure(7.2, 1.1 + 0.42 * len(rows), "Score (%)", "Class", grid=False)
         places = np.arange(len(rows))
         for offset, (key, colour) in enumerate((("precision", BLUE), ("recall", ORANGE), ("f1", GREEN))):
             values = [100 * getattr(row, key) for row in rows]
@@ -214,7 +197,7 @@ def draw_classes(rows: Sequence[ClassRow]) -> str:
         axes.set_axisbelow(True)
         axes.tick_params(axis="y", length=0)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
-        return _svg(figure, "classes", "Precision, recall and F1 by class")
+        return draw_svg(figure, "classes", "Precision, recall and F1 by class")
 
 
 def draw_calibration(
@@ -226,7 +209,7 @@ def draw_calibration(
         return None
     middles = [100 * (part.low + part.high) / 2 for part in bins]
     widths = [100 * (part.high - part.low) * 0.94 for part in bins]
-    with _style(name):
+    with chart_style(name):
         figure = Figure(figsize=(4.6, 4.4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.bar(middles, [100 * part.accuracy for part in bins], width=widths, color=BLUE, label="accuracy")
@@ -244,7 +227,7 @@ def draw_calibration(
         for axes in (upper, lower):
             axes.grid(axis="y")
             axes.set_axisbelow(True)
-        return _svg(figure, name, "Reliability diagram: accuracy by predicted probability")
+        return draw_svg(figure, name, "Reliability diagram: accuracy by predicted probability")
 
 
 # --------------------------------------------------------------------------- a search
@@ -258,14 +241,14 @@ def draw_trials(document: dict[str, Any]) -> str | None:
     best = np.minimum if document["metric"] == "loss" else np.maximum
     numbers, scores = zip(*scored)
     metric = document["metric"].replace("_", " ")
-    with _style("trials"):
-        figure, axes = _figure(3.7, 2.7, "Trial", f"Validation {metric}")
+    with chart_style("trials"):
+        figure, axes = build_figure(3.7, 2.7, "Trial", f"Validation {metric}")
         axes.plot(numbers, best.accumulate(scores), color=ORANGE, drawstyle="steps-post", label="best so far")
         axes.plot(numbers, scores, "o", color=BLUE, markersize=4, label="scored")
         _draw_pruned(axes, [(trial["number"], trial) for trial in document["trials"]])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="best", fontsize=7)
-        return _svg(figure, "trials", f"Validation {metric} by trial")
+        return draw_svg(figure, "trials", f"Validation {metric} by trial")
 
 
 def draw_settings(document: dict[str, Any], key: str) -> str | None:
@@ -283,10 +266,10 @@ def draw_settings(document: dict[str, Any], key: str) -> str | None:
         value = trial["settings"][key]
         return float(value) if numeric else words.index(str(value))
 
-    with _style(f"by-{key}"):
-        figure, axes = _figure(3.7, 2.7, one_line(key, 40), f"Validation {metric}")
+    with chart_style(f"by-{key}"):
+        figure, axes = build_figure(3.7, 2.7, one_line(key, 40), f"Validation {metric}")
         if key in document["logarithmic"]:
-            _use_log_scale(axes)
+            use_log_scale(axes)
         axes.plot(
             [place(trial) for trial in scored],
             [trial["score"] for trial in scored],
@@ -307,7 +290,9 @@ def draw_settings(document: dict[str, Any], key: str) -> str | None:
             axes.set_xticks(range(len(words)), [one_line(word, 18) for word in words])
             axes.set_xlim(-0.5, len(words) - 0.5)
         axes.legend(loc="best", fontsize=7)
-        return _svg(figure, re.sub(r"[^A-Za-z0-9]", "-", key), f"Validation {metric} by {one_line(key, 40)}")
+        return draw_svg(
+            figure, re.sub(r"[^A-Za-z0-9]", "-", key), f"Validation {metric} by {one_line(key, 40)}"
+        )
 
 
 def _draw_pruned(axes: Axes, trials: Sequence[tuple[float, dict[str, Any]]]) -> None:
@@ -319,55 +304,3 @@ def _draw_pruned(axes: Axes, trials: Sequence[tuple[float, dict[str, Any]]]) -> 
     ]
     if points:
         axes.plot(*zip(*points), "x", color=GREY, markersize=4, label="pruned")
-
-
-# --------------------------------------------------------------------------- figures to SVG
-
-
-def _style(name: str) -> Any:
-    # The salt makes the SVG's ids the same each time, and different from those of the page's other charts.
-    return matplotlib.rc_context(_STYLE | {"svg.hashsalt": name})
-
-
-def _figure(width: float, height: float, xlabel: str, ylabel: str, grid: bool = True) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    if xlabel == "Epoch":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(grid)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _use_log_scale(axes: Axes) -> None:
-    """Orders of magnitude along x, with numbers as people write them: mathtext is off."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(numticks=6))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element for an HTML page: no prolog, metadata, namespaces; ids of its own."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        # Names in scripts that matplotlib's font lacks: only their width is guessed, the browser draws them.
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
-        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.06)
-    root = ElementTree.fromstring(buffer.getvalue())
-    for child in list(root):
-        if child.tag.endswith("}metadata"):
-            root.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            value = f"{name}-{value}" if key == "id" else value.replace("url(#", f"url(#{name}-")
-            key = key.rpartition("}")[2]
-            element.set(key, f"#{name}-{value[1:]}" if key == "href" and value.startswith("#") else value)
-    width = float(re.sub(r"pt$", "", root.attrib.pop("width")))
-    del root.attrib["height"]  # the view box keeps the proportions
-    root.attrib.update({"role": "img", "aria-label": title, "style": f"--natural:{width * 4 / 3:.0f}px"})
-    return ElementTree.tostring(root, encoding="unicode")

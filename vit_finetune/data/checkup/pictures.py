@@ -37,7 +37,7 @@ def load_pictures(source: Source, images: Iterable[FoundImage]) -> dict[tuple[st
                 continue
             # The findings say which images cannot be read, and why.
             with suppress(UnreadableImage, OSError):
-                pictures[split, identity] = _draw(open_image(dataset, row))
+                pictures[split, identity] = draw_picture(open_image(dataset, row))
     return pictures
 
 
@@ -54,7 +54,8 @@ def open_image(dataset: datasets.Dataset, row: int) -> torch.Tensor:
     return decode_image(read_encoded(stored))
 
 
-def _draw(pixels: torch.Tensor) -> bytes:
+def draw_picture(pixels: torch.Tensor) -> bytes:
+    """A small picture of an image, uint8 `(3, height, width)`, as JPEG, or PNG where small."""
     image = shrink(pixels, 2 * SIDE)
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
