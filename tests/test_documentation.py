@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 def test_every_recipe_loads_and_is_in_the_table() -> None:
     files = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate"]
-    assert len(files) == 10
+    assert len(files) == 14
     assert sorted(path.stem for path in files) == sorted(bundled_recipes())
     for path in files:
         assert load_recipe(path).name == path.stem
@@ -120,7 +120,7 @@ def test_the_techniques_keys_are_recipes() -> None:
 
 
 def test_every_verb_of_the_readme_exists() -> None:
-    listed = re.findall(r"^\| `vit-finetune ([\w-]+)", README, re.MULTILINE)
+    listed = list(dict.fromkeys(re.findall(r"^\| `vit-finetune ([\w-]+)", README, re.MULTILINE)))
     from vit_finetune.cli import app
 
     assert listed == [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -131,11 +131,10 @@ def test_recipes_and_templates_travel_in_the_wheel(tmp_path: Path) -> None:
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"vit_finetune/recipes/{name}.yaml" for name in bundled_recipes()} <= names
-    launcher_configs = (ROOT / "recipes" / "accelerate").glob("*.yaml")
-    assert {f"vit_finetune/recipes/accelerate/{path.name}" for path in launcher_configs} <= names
-    templates = ("report.html.jinja", "model_card.md.jinja", "checkup.html.jinja", "tune.html.jinja")
-    assert {f"vit_finetune/templates/{name}" for name in templates} <= names
+    recipes = (path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
+    assert {f"vit_finetune/{path.as_posix()}" for path in recipes} <= names
+    templates = (ROOT / "vit_finetune" / "templates").iterdir()
+    assert {f"vit_finetune/templates/{path.name}" for path in templates} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/", "scripts/"))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,11 +22,13 @@ from labelled_shapes import NAMES, SHAPES, flag_rows, recipe_of, write_jsonl, wr
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
+from vit_finetune.comparing import compare
 from vit_finetune.evaluation.scoring import evaluate
 from vit_finetune.finetuning import finetune
 from vit_finetune.model.loading import load_model
 from vit_finetune.recipe import ModelConfig
 from vit_finetune.reports import MultiLabelReport, load_report
+from vit_finetune.robustness import evaluate_robustness
 from vit_finetune.run import Run
 
 MODERN = {"ema_decay": 0.9, "layer_decay": 0.7, "head_lr_multiplier": 2.0}
@@ -251,3 +254,20 @@ def test_pretrained_heads_are_kept_where_the_labels_are_the_same(tmp_path: Path)
     assert same(weights_of(again), weights_of(model))
     other, _ = load_model(ModelConfig(path=str(tmp_path / "saved")), NAMES)
     assert other.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.slow
+def test_runs_of_several_labels_are_compared_and_made_worse(trained_run: Run, tmp_path: Path) -> None:
+    """An image is right where all its labels are; at other sizes and on worse images it is the average precision."""
+    shutil.copytree(trained_run.path, tmp_path / "again")
+    document = compare([trained_run.path, tmp_path / "again"], tmp_path / "comparison.html")
+    (pair,) = document["pairs"]
+    report = load_report(trained_run.report("test"))
+    assert pair["both_right"] / pair["num_images"] == pytest.approx(report.exact_match)
+    assert "Exact match" in (tmp_path / "comparison.html").read_text()
+    found = evaluate_robustness(
+        trained_run.path, image_sizes=[16], corruptions=True, output=tmp_path / "robustness.html"
+    )
+    own = next(row for row in found["image_sizes"] if row["trained"])
+    assert own["score"] == found["corruptions"][0]["score"] == pytest.approx(report.mean_average_precision)
+    assert own["interval"] is None and found["metric"] == "mean average precision"

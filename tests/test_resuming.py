@@ -195,7 +195,7 @@ atexit.register(lambda: (os.kill(os.getpid(), 15), time.sleep(0.1)))
 
 def test_a_signal_after_all_is_done_changes_nothing(place: Place, tmp_path: Path) -> None:
     """A process of its own: what matters is how the interpreter ends."""
-    code = f"{LATE}\nimport sys\nsys.argv = ['vit-finetune', 'train', '--help']\nfrom vit_finetune.cli import _listen, main\n_listen()\nmain()"
+    code = f"{LATE}\nimport sys\nsys.argv = ['vit-finetune', 'train', '--help']\nfrom vit_finetune.cli import main\nfrom vit_finetune.guarding import listen\nlisten()\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

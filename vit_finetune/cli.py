@@ -1,28 +1,21 @@
-"""The verbs: parse the words, call one function, show the answer.
-
-Exit codes: 0 done; 1 the work failed; 2 the words or the recipe are wrong; 130 stopped by Ctrl-C; 75 stopped
-by SIGTERM or SIGUSR1, to be gone on with.
-"""
+"""The verbs: parse the words, call one function, show the answer."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from vit_finetune import __version__
-from vit_finetune.console import answer, fail, say, show_table
-from vit_finetune.files import is_disk_full
+from vit_finetune.console import answer, fail, show_table
+from vit_finetune.guarding import answer_signals, guarded, listen
 from vit_finetune.recipe import Recipe, RecipeError, build_data_config, bundled_recipes, load_recipe
 from vit_finetune.reports import all_scores
-from vit_finetune.run import STOPPING, Interrupted, Run, RunError
+from vit_finetune.run import Run, RunError
 from vit_finetune.search_space import build_search
 
 app = typer.Typer(
@@ -74,7 +67,7 @@ def check(
         if "stops" in facts:
             raise RunError(facts["stops"])
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -88,13 +81,13 @@ def train(
     loaded = _load(recipe, overrides)
 
     def work() -> None:
-        _listen()
+        listen()
         Run(loaded.output_dir).check_free(resume)  # at once, before the seconds that the imports take
         from vit_finetune.finetuning import finetune
 
         finetune(loaded, resume=resume, command=_command())
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -138,7 +131,7 @@ def evaluate(
         title = f"{target} on {data or 'its own images'}: {report.split}"
         show_table(title, ["score", ""], all_scores(report))
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -165,7 +158,7 @@ def predict(
                 classes = f"{', '.join(image['labels']) or 'no label'} ({classes})"
             answer(f"{image['path']}: {classes}")
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -189,12 +182,12 @@ def tune(
         raise typer.Exit(2) from None
 
     def work() -> None:
-        _listen()
+        listen()
         from vit_finetune.tuning import tune
 
         tune(loaded, dimensions, trials, resume=resume)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -213,7 +206,7 @@ def compare(
         if as_json:
             _print_json(document)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command("upload-data")
@@ -248,7 +241,7 @@ def upload_data(
 
         upload_data(config, repo_id, private, license, with_gps, dry_run)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -281,12 +274,12 @@ def push(
     hub = _load(str(recipe), overrides).hub if recipe.is_file() else None
 
     def work() -> None:
-        _listen()  # or what was downloaded to be verified would be left behind
+        listen()  # or what was downloaded to be verified would be left behind
         from vit_finetune.pushing import push_to_hub
 
         push_to_hub(run, hub, force=force, dry_run=dry_run)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -328,93 +321,13 @@ def _command() -> str:
     return shlex.join(["vit-finetune", *sys.argv[1:]])
 
 
-def _guarded(work: Callable[[], None], debug: bool) -> None:
-    """Does the work; an error becomes one message and exit code 1, or with --debug its traceback."""
-    failed = False
-    try:
-        work()
-    except Interrupted as stop:
-        _answer_signals(signal.SIG_IGN)  # one answer is enough
-        say(str(stop))
-        _answer_signals(signal.SIG_DFL)
-        raise typer.Exit(stop.exit_code) from None
-    except KeyboardInterrupt:
-        fail("stopped")
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            raise
-        failed = True
-        # The launcher ends the others as soon as it sees that one is gone: not before they have said why.
-        _answer_signals(signal.SIG_IGN)
-        _fail_once(_explain(error))
-        _answer_signals(signal.SIG_DFL)
-        raise typer.Exit(1) from None
-    finally:
-        if not failed:  # with others that are gone, taking leave could wait for them
-            _leave_world()
-
-
-def _listen() -> None:
-    """Lets SIGTERM and SIGUSR1 end the command with their own exit code, from the first second on."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name} before anything was begun", number)
-
-    _answer_signals(stop)
-
-
-def _answer_signals(handler: Any) -> None:
-    for number in STOPPING:
-        if number != signal.SIGINT:  # Ctrl-C stays Python's
-            signal.signal(number, handler)
-
-
-def _fail_once(message: str) -> None:
-    """Says why the work stopped; of several processes that stop together the first one does."""
-    if not _is_in_world():
-        fail(message)
-        return
-    from vit_finetune.training.world import is_first_to_fail
-
-    if is_first_to_fail(os.environ):
-        fail(message, every_process=True)
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, RunError):
-        return str(error)
-    if is_disk_full(error):
-        place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return (
-            f"the disk is full{place}. Free some space and say the same again; `train` goes on with --resume"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return (
-            f"{error.filename or 'a file'}: {error.strerror}. Make it writable or name another folder, and "
-            f"say the same again; `train` goes on with --resume"
-        )
-    return f"{type(error).__name__}: {error} (--debug shows where)"
-
-
-def _is_in_world() -> bool:
-    torch = sys.modules.get("torch")
-    return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
-def _leave_world() -> None:
-    """Takes leave of the other processes of a launcher; without it they complain."""
-    if _is_in_world():
-        sys.modules["torch"].distributed.destroy_process_group()
-
-
 def main() -> None:
     """The command `vit-finetune`."""
     try:
         app(prog_name="vit-finetune")
     except SystemExit as end:
         if end.code != 1:  # nothing is left to break off: a late signal does not change the answer
-            _answer_signals(signal.SIG_IGN)
+            answer_signals(signal.SIG_IGN)
         raise
     except KeyboardInterrupt:  # before the work began
         sys.exit(130)

@@ -80,6 +80,7 @@ def _inner_size(width: int, height: int, angle: float) -> tuple[float, float]:
         width / (width * math.cos(angle) + height * math.sin(angle)),
         height / (width * math.sin(angle) + height * math.cos(angle)),
     )
+    scale *= 1 - 2 / min(width, height)  # resampling reaches a pixel beyond
     return width * scale, height * scale
 
 

@@ -89,7 +89,7 @@ def _with_picture(image: dict[str, Any]) -> dict[str, Any]:
 def score_of(report: dict[str, Any]) -> tuple[str, float, tuple[float, float]]:
     """What images are right by: the name of the score, its value in [0, 1] and its 95% interval."""
     name = "exact_match" if "exact_match" in report else "accuracy"
-    return name.replace("_", " "), report[name], tuple(report[f"{name}_interval"])  # type: ignore[return-value]
+    return name.replace("_", " "), report[name], tuple(report[f"{name}_interval"])
 
 
 def describe_pair(pair: dict[str, Any]) -> str:
@@ -102,7 +102,7 @@ def describe_pair(pair: dict[str, Any]) -> str:
         f"({_chance(pair['adjusted_p_value'])})"
     )
     if pair["adjusted_p_value"] >= 0.05:
-        return f"{first} and {second}: {counts}: a difference that chance explains"
+        return f"{first} and {second}: {counts}: a difference that chance could explain"
     better, worse = (first, second) if pair["difference"] < 0 else (second, first)
     low, high = sorted(abs(100 * bound) for bound in pair["interval"])
     size = f"{abs(100 * pair['difference']):.1f} points [{low:.1f}, {high:.1f}]"
@@ -163,7 +163,7 @@ def _draw_curves(records: Mapping[str, Record], colour_of: Mapping[str, str]) ->
     with chart_style("curves"):
         figure, axes = build_figure(3.7, 2.9, "Epoch", "Validation score (%)")
         for name, points in curves.items():
-            style = {"color": colour_of[name], "linewidth": 1.5, "marker": "o", "markersize": 3}
+            style: dict[str, Any] = {"color": colour_of[name], "linewidth": 1.5, "marker": "o", "markersize": 3}
             axes.plot(*zip(*points), label=one_line(name, 24), **style)
         axes.legend(loc="best", fontsize=8)
         return draw_svg(figure, "curves", "Validation score of each run by epoch")
@@ -181,8 +181,8 @@ def _draw_recalls(
         places = np.arange(len(classes))
         axes.hlines(places, recalls.min(axis=1), recalls.max(axis=1), color=GREY, linewidth=1)
         for column, run in enumerate(runs):
-            style = {"color": colour_of[run["name"]], "markersize": 6, "label": one_line(run["name"], 30)}
-            axes.plot(recalls[:, column], places, "o", **style)
+            colour, label = colour_of[run["name"]], one_line(run["name"], 30)
+            axes.plot(recalls[:, column], places, "o", color=colour, markersize=6, label=label)
         axes.set_yticks(places, [one_line(label, 26) for label, _ in classes])
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.set_xlim(-2, 102)
