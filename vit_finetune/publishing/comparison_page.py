@@ -163,7 +163,12 @@ def _draw_curves(records: Mapping[str, Record], colour_of: Mapping[str, str]) ->
     with chart_style("curves"):
         figure, axes = build_figure(3.7, 2.9, "Epoch", "Validation score (%)")
         for name, points in curves.items():
-            style: dict[str, Any] = {"color": colour_of[name], "linewidth": 1.5, "marker": "o", "markersize": 3}
+            style: dict[str, Any] = {
+                "color": colour_of[name],
+                "linewidth": 1.5,
+                "marker": "o",
+                "markersize": 3,
+            }
             axes.plot(*zip(*points), label=one_line(name, 24), **style)
         axes.legend(loc="best", fontsize=8)
         return draw_svg(figure, "curves", "Validation score of each run by epoch")
