@@ -87,7 +87,7 @@ def walk(
         ("fitted by the image processor", _shape(fitted), f"uint8, {_range(fitted)}"),
         ("normalised, in a batch of one", _shape(pixel_values), f"float32, {_range(pixel_values)}"),
         (
-            f"cut into {rows} × {columns} patches, each of {side} × {side} × 3 numbers made a vector of {width}",
+            f"cut into {rows} × {columns} patches: {side} × {side} × 3 numbers each, made a vector of {width}",
             _shape(seen["patches"]),
             _spread(seen["patches"]),
         ),
@@ -97,7 +97,7 @@ def walk(
             _spread(seen["embedded"]),
         ),
         (
-            f"attention of a layer, {config.num_attention_heads} heads: for each token weights over all tokens",
+            f"attention of a layer, {config.num_attention_heads} heads: weights of each token over all",
             _shape(attentions[0]),
             "rows sum to 1",
         ),
