@@ -156,7 +156,7 @@ def over_patches(weights: torch.Tensor, grid: tuple[int, int], from_class_token:
     """
     patches = grid[0] * grid[1]
     row = weights[..., 0, :] if from_class_token else weights[..., -patches:, :].mean(dim=-2)  # (…, T)
-    return row[..., -patches:].unflatten(-1, grid)
+    return row[..., -patches:].reshape(*row.shape[:-1], *grid)
 
 
 def attention_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -285,7 +285,7 @@ def _as_map(values: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor | 
     for prefix in range(3):  # (B, prefix + patches, C): none, a class token, a distillation token too
         for rows, columns in grids:
             if prefix + rows * columns == values.shape[1]:
-                return values[:, prefix:].sum(dim=2).unflatten(1, (rows, columns))
+                return values[:, prefix:].sum(dim=2).reshape(-1, rows, columns)
     return None
 
 
