@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,9 @@ from fork_server import ForkServer
 from labelled_shapes import recipe_of, write_jsonl
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
+from typer.testing import CliRunner
 
+from vit_finetune.cli import app
 from vit_finetune.evaluation.attention import (
     GRADIENTS,
     ROLLOUT,
@@ -190,6 +196,32 @@ def test_the_command_line(run: Run, photos: Path, forks: ForkServer, tmp_path: P
     child = forks.start(tmp_path / "refused", "explain", run.path, photos, "--output", photos)
     assert child.wait() == 1
     assert child.stderr.startswith("error: ") and "Traceback" not in child.stderr
+
+
+def test_the_commands_of_the_page_run(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "seeing.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(run.path.parent)
+    Path("runs").mkdir()
+    run.path.rename("runs/photos")
+    photos.rename("photos")
+    for name in ("new-photos", "you"):
+        Path(name).mkdir()
+    shutil.copy("photos/b.png", "new-photos/b.png")
+    shutil.copy("photos/b.png", "photo.jpg")
+    shutil.copytree(
+        "runs/photos/model", "you/photos"
+    )  # the Hub's model, as far as a test without a Hub has one
+    shutil.copytree("runs/photos/model", "vits14")
+    commands = [line.split(" #")[0] for line in page.splitlines() if line.startswith("vit-finetune ")]
+    assert len(commands) == 3
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    script = re.search(r'^python -c "\n(.*?)^"$', page, re.MULTILINE | re.DOTALL)
+    assert script is not None
+    done = subprocess.run([sys.executable, "-c", script[1]], capture_output=True, text=True, check=True)
+    *layers, uniform = done.stdout.splitlines()
+    assert len(layers) == 2 and float(uniform) > 0
 
 
 # --------------------------------------------------------------------------- other models
