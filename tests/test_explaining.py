@@ -198,6 +198,7 @@ def test_the_command_line(run: Run, photos: Path, forks: ForkServer, tmp_path: P
     assert child.stderr.startswith("error: ") and "Traceback" not in child.stderr
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parent.parent / "docs" / "seeing.md").read_text(encoding="utf-8")
     monkeypatch.chdir(run.path.parent)
