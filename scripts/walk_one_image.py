@@ -87,7 +87,7 @@ def walk(
         ("fitted by the image processor", _shape(fitted), f"uint8, {_range(fitted)}"),
         ("normalised, in a batch of one", _shape(pixel_values), f"float32, {_range(pixel_values)}"),
         (
-            f"cut into {rows} × {columns} patches: {side} × {side} × 3 numbers each, made a vector of {width}",
+            f"cut into {rows} × {columns} patches: {side} × {side} × 3 numbers each, to a vector of {width}",
             _shape(seen["patches"]),
             _spread(seen["patches"]),
         ),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_image
+from PIL import Image
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -405,6 +406,17 @@ def test_heat_is_brightest_where_the_map_is_most_and_grey_where_there_is_none() 
     for flat in (torch.zeros(4, 6), torch.full((4, 6), 2.0)):
         assert np.array_equal(np.asarray(overlay(image, flat))[..., 1], grey)
     assert np.array_equal(np.asarray(overlay(image, heat, opacity=0))[..., 0], grey)
+
+
+def test_one_cell_that_outshines_all_does_not_hide_the_others() -> None:
+    image, heat = Image.new("RGB", (160, 160)), torch.zeros(16, 16)
+    heat[2, 3] = 1
+    heat[8:12, 8:12] = 0.05
+    light = np.asarray(overlay(image, heat).convert("L"), dtype=float)
+    assert light[100, 100] > 0.9 * light.max()
+    heat[8:12, 8:12] = 0  # alone it is what there is to see
+    light = np.asarray(overlay(image, heat).convert("L"), dtype=float)
+    assert light[25, 35] > 0.9 * light.max() > 50 and light[100, 100] < 5
 
 
 def test_the_module_stands_alone() -> None:

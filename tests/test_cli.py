@@ -25,6 +25,7 @@ RUN_FILES = {
     "provenance.json",
     "findings.json",
     "history.json",
+    "seeing.json",
     "report.html",
     "splits/train.csv",
     "splits/validation.csv",
@@ -252,7 +253,7 @@ def test_train_leaves_exactly_the_run_folder(trained: Path) -> None:
     assert "pictures/augmented.jpg" in found
     mistakes = json.loads((trained / "run/reports/test.json").read_text())["worst_mistakes"]
     pictures = {name for name in found if name.startswith("pictures/mistake-")}
-    assert pictures == {f"pictures/{mistake['picture']}" for mistake in mistakes}
+    assert pictures == {f"pictures/{mistake[kind]}" for mistake in mistakes for kind in ("picture", "map")}
     assert {name.split("/")[1] for name in found if name.startswith("checkpoints/")} <= {
         "checkpoint-5",
         "checkpoint-10",

@@ -90,8 +90,9 @@ def explain(
                 distances.append(look.distances)
             size = (seen.shape[-2], seen.shape[-1])
             facts = {"label": model.config.id2label[best], "probability": float(rows[number, best])}
-            title = f"{path.name}: {_say_classes(model, rows[number])}"
-            book.add({"path": str(path), **facts}, title, as_seen(seen), look)
+            title = f"{_say_classes(model, rows[number])} · {path.name}"
+            written = str(path).encode("utf-8", "replace").decode()  # a name in another encoding is no JSON
+            book.add({"path": written, **facts}, title, as_seen(seen), look)
             advance()
     return book.close({"model": str(target), **describe_seeing(model, distances, size)})
 
@@ -122,7 +123,7 @@ class _Book:
         if look.heads is not None:
             entry["heads"] = f"heads/{name}"
             heads = [overlay(image, head) for head in look.heads]
-            save_heads(f"{title} · heads of the last layer", heads, self.folder / entry["heads"])
+            save_heads(title, heads, self.folder / entry["heads"])
             self.columns.append("last layer, mean of its heads")
             pictures.append(overlay(image, look.heads.mean(dim=0)))
         self.entries.append(entry)

@@ -22,6 +22,8 @@ ROWS = 8
 """Images on one sheet."""
 CELL = 2.4
 """Width and height of a picture on a sheet, in inches."""
+HEADING = 0.5
+"""Height of the titles above a picture, in inches."""
 DOTS_PER_INCH = 120
 LONGEST_NAME = 70
 """Characters of a title; more would leave the sheet."""
@@ -60,15 +62,15 @@ def save_sheet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
 
 
 def save_heads(title: str, heads: Sequence[Image.Image], path: Path) -> None:
-    """Writes a PNG with a picture for each head of a layer, four in a row, under one title."""
+    """Writes a PNG with a picture for each head of the last layer, four in a row, under one title."""
     columns = min(4, len(heads))
     lines = -(-len(heads) // columns)
     with _figure(lines, columns) as (figure, grid):
-        figure.suptitle(_line(title), x=0.02, ha="left", weight="bold", fontsize=9)
+        grid[0][0].text(0, 1.11, _line(title), transform=grid[0][0].transAxes, weight="bold")
         places = [place for line in grid for place in line]
         for number, (place, head) in enumerate(zip(places, heads), 1):
             place.imshow(head)
-            place.set_title(f"head {number}", loc="left", fontsize=8, pad=3)
+            place.set_title(f"last layer, head {number}", loc="left", fontsize=8, pad=3)
         _save(figure, path)
 
 
@@ -78,9 +80,12 @@ def _line(text: str) -> str:
 
 @contextmanager
 def _figure(rows: int, columns: int) -> Iterator[tuple[Figure, list[list[Axes]]]]:
+    height = (CELL + HEADING) * rows
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(
-            figsize=(CELL * columns, (CELL + 0.5) * rows), layout="constrained", dpi=DOTS_PER_INCH
+        figure = Figure(figsize=(CELL * columns, height), dpi=DOTS_PER_INCH)
+        # Laid out by hand: where a title is wider than the pictures, matplotlib's own layout gives up.
+        figure.subplots_adjust(
+            left=0, right=1, bottom=0, top=1 - HEADING / height, wspace=0.03, hspace=HEADING / CELL
         )
         grid = figure.subplots(rows, columns, squeeze=False).tolist()
         for line in grid:
