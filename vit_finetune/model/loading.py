@@ -91,6 +91,8 @@ def load_model(
     check_divides(pretrained, new_size)
     if new_size != old_size:
         model = resize_model(model, old_size, new_size)
+    if not getattr(model.config, "image_size", None):  # a ResNet's, which takes any
+        model.config.image_size = compact_size(new_size)
     return model, build_processor(config, new_size, processor)
 
 
