@@ -1,0 +1,84 @@
+"""A demo's page in a process of its own, for tests that open it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fork_server import Child, ForkServer, wait_for
+from gradio_client import Client
+from playwright.sync_api import Page
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Served:
+    """A page and the process that serves it."""
+
+    child: Child
+    url: str
+    port: int
+    temporary: Path
+    """The process's folder for temporary files."""
+
+    @property
+    def uploads(self) -> list[Path]:
+        """Files that lie where uploads do."""
+        return [path for path in self.temporary.rglob("*") if path.is_file()]
+
+    def status(self, key: str) -> int:
+        """A number of /proc/PID/status in kB, such as VmHWM."""
+        lines = Path(f"/proc/{self.child.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+    def client(self) -> Client:
+        """gradio's own client."""
+        return Client(self.url, verbose=False, analytics_enabled=False, download_files=False)
+
+
+@contextmanager
+def served(forks: ForkServer, folder: Path, target: Path, *words: str, before: str = "") -> Iterator[Served]:
+    """The page of a model for the length of a block; the process is stopped as by Ctrl-C where it still runs."""
+    temporary, port = folder / "tmp", free_port()
+    temporary.mkdir(parents=True)
+    words = ("demo", str(target), "--port", str(port), *words)
+    child = forks.start(folder / "session", *words, before=before, TMPDIR=str(temporary))
+    try:
+        wait_for(lambda: "the page is at" in child.stderr, child, pause=0.05)
+        yield Served(child, f"http://127.0.0.1:{port}/", port, temporary)
+    finally:
+        if not child.ended:
+            child.signal(2)
+        assert child.wait() == 0, child.stderr
+        assert "Traceback" not in child.stderr, child.stderr
+
+
+DROP = """
+([selector, name, type, content]) => {
+    const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], name, {type}));
+    const target = document.querySelector(selector);
+    for (const kind of ["dragenter", "dragover", "drop"]) {
+        target.dispatchEvent(new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}));
+    }
+}
+"""
+"""Drops a file as a person's mouse would, as far as a page can tell."""
+ZONE = "button[aria-dropeffect='copy']"
+"""Where images are dropped."""
+
+
+def drop(page: Page, name: str, content: str, kind: str = "image/jpeg") -> None:
+    """Drops a file, whose content is base64, on the open page."""
+    page.wait_for_selector(ZONE)
+    page.evaluate(DROP, [ZONE, name, kind, content])

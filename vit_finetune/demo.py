@@ -1,0 +1,314 @@
+"""A page that classifies the image dropped on it, and shows where the model looked.
+
+It stands alone: published as a Space, this file is its `app.py`, with `data/images.py` and
+`evaluation/attention.py` beside it, and nothing else of this package.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from gradio.utils import get_upload_folder
+from PIL import Image
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from vit_finetune.data.images import EncodedImage, UnreadableImage
+from vit_finetune.evaluation.attention import explain_pixels, overlay, seen_images
+
+LARGEST_FILE = 20_000_000
+"""Bytes of an image at most."""
+LARGEST_REQUEST = 100_000
+"""Bytes of any other request at most; and of what an upload holds around its image."""
+MOST_PIXELS = 100_000_000
+"""Pixels of an image at most: decoded they take three bytes each."""
+LONGEST_QUEUE = 16
+"""Images that wait at most; who drops another one is told to try again."""
+SWEEP = (60, 900)
+"""Seconds between two looks at what was uploaded, and seconds after which it is deleted."""
+SHOWN = 5
+"""Classes shown: the most probable ones."""
+OVERLAY_PIXELS = 448
+"""Shorter side, at least, of the picture of where the model looked."""
+
+Pictures = Callable[[int], Sequence[Image.Image]]
+"""Small pictures of a class, by its id."""
+
+
+def build_page(
+    title: str,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    examples: Pictures | None = None,
+) -> gr.Blocks:
+    """The page of one model; `open_page` serves it.
+
+    Args:
+        title: its name, shown as it is.
+        model: in evaluation mode, on the device to compute on.
+        image_processor: the model's.
+        examples: of the most probable class, shown below the answer; no such place if None.
+    """
+    method = method_of(model, image_processor)
+
+    def answer(upload: dict[str, Any] | None) -> list[Any]:
+        if upload is None:  # taken away
+            return [None] * len(outputs)
+        pixel_values = image_processor(read_upload(upload), return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(model.device)  # (1, 3, H, W)
+        probabilities = classify(pixel_values, model)
+        best = int(probabilities.argmax())
+        told: list[Any] = [bars(probabilities, model)]
+        if _is_multi_label(model):
+            told.append(", ".join(reached(probabilities, model)) or "no label")
+        if method is not None:
+            told.append(draw_attention(pixel_values, best, model, image_processor))
+        if examples is not None:
+            name = model.config.id2label[best]
+            told.append([(picture, name) for picture in examples(best)])
+        return told
+
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=SWEEP) as page:
+        gr.HTML(f"<h1>{html.escape(title)}</h1><p>Drop an image, and see what the model takes it for.</p>")
+        with gr.Row():
+            photo = gr.Image(
+                label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[]
+            )
+            with gr.Column():
+                outputs: list[Any] = [
+                    gr.Label(label="Probabilities", show_heading=not _is_multi_label(model))
+                ]
+                if _is_multi_label(model):
+                    outputs.append(gr.Textbox(label="Labels that reach their thresholds"))
+            if method is not None:
+                outputs.append(gr.Image(label=f"Where the model looked ({method})", format="png", buttons=[]))
+        if examples is not None:
+            outputs.append(
+                gr.Gallery(
+                    label="Images that have this label",
+                    columns=6,
+                    height="auto",
+                    object_fit="contain",
+                    format="png",
+                    interactive=False,
+                    buttons=[],
+                )
+            )
+        # Without gradio's preprocessing: it would open what was dropped before it is known to be an image,
+        # and fetch it first where a request names an address in the place of an upload.
+        photo.change(answer, photo, outputs, preprocess=False, api_name="predict", show_progress="minimal")
+    page.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=1)
+    return page
+
+
+def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
+    """Serves a page from a thread of its own; answers its address.
+
+    Args:
+        page: the page.
+        host: address to bind to; gradio's own choice if None, which on a Space is the Space's.
+        port: to bind to; the first free one from 7860 on if None.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        inline=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        num_workers=0,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=LARGEST_FILE,
+        allowed_paths=[get_upload_folder()],  # or GRADIO_ALLOWED_PATHS would add others
+        app_kwargs={"middleware": [Middleware(Gate)]},
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css="footer { display: none !important }",
+    )
+    return address
+
+
+# --------------------------------------------------------------------------- an image
+
+
+def read_upload(upload: Any) -> torch.Tensor:
+    """The pixels of an uploaded image, uint8 `(3, height, width)`, upright.
+
+    Args:
+        upload: what gradio's client says of it: `path`, in the folder of uploads, and `orig_name`.
+
+    Raises:
+        gr.Error: no upload, no image, a damaged one, or one of too many bytes or pixels.
+    """
+    said = upload.get("path") if isinstance(upload, dict) else None
+    path = Path(os.path.realpath(said)) if isinstance(said, str) and "\0" not in said else None
+    if path is None or not path.is_relative_to(os.path.realpath(get_upload_folder())) or not path.is_file():
+        raise _refusal("there is no such upload; drop the image again")
+    name = str(upload.get("orig_name") or path.name)
+    if path.stat().st_size > LARGEST_FILE:
+        raise _refusal(f"{name} is larger than {LARGEST_FILE // 1_000_000} MB")
+    try:
+        encoded = EncodedImage(path.read_bytes())
+        height, width = encoded.size
+        if height * width > MOST_PIXELS:
+            raise _refusal(
+                f"{name} has {width:,} × {height:,} pixels; this page takes up to {MOST_PIXELS:,} in all"
+            )
+        return encoded.decode()
+    except UnreadableImage as error:
+        raise _refusal(f"{name} cannot be read: {error}") from None
+
+
+def _refusal(reason: str) -> gr.Error:
+    """What the page says to an image that it does not take; it shows messages as HTML, and names are not."""
+    return gr.Error(html.escape(reason), print_exception=False)
+
+
+def classify(pixel_values: torch.Tensor, model: PreTrainedModel) -> np.ndarray:
+    """The probabilities of the classes, float32 `(classes,)` in id order, as a pipeline gives them.
+
+    Args:
+        pixel_values: float32 `(1, 3, height, width)`, by the model's image processor, on its device.
+        model: in evaluation mode.
+
+    Raises:
+        gr.Error: the model's answer is NaN or infinite.
+    """
+    with torch.inference_mode():
+        logits = model(pixel_values=pixel_values).logits[0].float().cpu()  # (classes,)
+    if not logits.isfinite().all():
+        raise _refusal("the model answers with NaN or infinity: its weights are broken")
+    return (logits.sigmoid() if _is_multi_label(model) else logits.softmax(dim=-1)).numpy()
+
+
+def bars(probabilities: np.ndarray, model: PreTrainedModel) -> dict[str, float]:
+    """The most probable classes, the best first; of several labels each with its threshold in its name."""
+    names, thresholds = model.config.id2label, thresholds_of(model)
+    return {
+        f"{names[number]} (threshold {thresholds[number]:.2f})" if thresholds else names[number]: float(
+            probabilities[number]
+        )
+        for number in np.argsort(-probabilities, kind="stable")[:SHOWN].tolist()
+    }
+
+
+def reached(probabilities: np.ndarray, model: PreTrainedModel) -> list[str]:
+    """The labels that reach their thresholds, in id order."""
+    pairs = enumerate(zip(probabilities.tolist(), thresholds_of(model)))
+    return [model.config.id2label[number] for number, (value, least) in pairs if value >= least]
+
+
+def thresholds_of(model: PreTrainedModel) -> list[float]:
+    """The threshold of each of several labels, 0.5 where the config has none; empty with one class each."""
+    if not _is_multi_label(model):
+        return []
+    return list(getattr(model.config, "thresholds", None) or [0.5] * model.config.num_labels)
+
+
+def _is_multi_label(model: PreTrainedModel) -> bool:
+    return bool(model.config.problem_type == "multi_label_classification")
+
+
+def method_of(model: PreTrainedModel, image_processor: BaseImageProcessor) -> str | None:
+    """The name of how it is found where a model looks; None of a model that no method fits."""
+    black = image_processor(torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    try:
+        return explain_pixels(model, black.to(model.device))[1]
+    except ValueError:
+        return None
+
+
+def draw_attention(
+    pixel_values: torch.Tensor, best: int, model: PreTrainedModel, image_processor: BaseImageProcessor
+) -> Image.Image:
+    """The image as the model sees it, and over it where the model looked.
+
+    Args:
+        pixel_values: float32 `(1, 3, height, width)`, by the model's image processor, on its device.
+        best: id of the class that the image is taken for.
+        model: in evaluation mode.
+        image_processor: the model's.
+    """
+    classes = torch.tensor([best], device=pixel_values.device)
+    maps, _ = explain_pixels(model, pixel_values, classes)  # (1, rows, columns)
+    seen = seen_images(pixel_values, image_processor)[0]
+    scale = -(-OVERLAY_PIXELS // min(seen.size))
+    if scale > 1:  # small images keep their pixels visible
+        seen = seen.resize((seen.width * scale, seen.height * scale), Image.Resampling.NEAREST)
+    return overlay(seen, maps[0])
+
+
+# --------------------------------------------------------------------------- the gate
+
+
+class Gate:
+    """Stands before gradio's server: lets through what the page needs, and no more bytes than an image has.
+
+    The server has more to offer than this page: it fetches addresses, takes recordings, tells statistics. And
+    it reads a request to its end before it looks how long it was.
+
+    Args:
+        app: the server.
+    """
+
+    OPEN = re.compile(
+        r"/(?:config|theme\.css|favicon\.ico|robots\.txt|(?:assets|static)/.+)?"
+        r"|/gradio_api/(?:info|startup-events|upload|upload_progress|queue/join|queue/data|cancel|theme\.css"
+        r"|call/predict(?:/\w+)?|heartbeat/\w+|file=/.+)"
+    )
+    """Paths that the page and `gradio_client` ask for; a file is one of this machine, never an address."""
+    UPLOAD = "/gradio_api/upload"
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers or hands on one request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http" or not self.OPEN.fullmatch(scope["path"]):
+            await PlainTextResponse("Not found", 404)(scope, receive, send)
+            return
+        is_upload = scope["path"] == self.UPLOAD
+        most = LARGEST_REQUEST + (LARGEST_FILE if is_upload else 0)
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdecimal() or int(length) > most:
+            reason = f"This page takes images of up to {LARGEST_FILE // 1_000_000} MB"
+            # The rest is not read: the connection ends here.
+            await PlainTextResponse(reason, 413, {"Connection": "close"})(scope, receive, send)
+            return
+        taken = 0
+
+        async def count() -> Message:
+            """Hands on a piece of the body, as long as it is not too long: it need not say its length."""
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > most:
+                reason = f"more than the maximum allowed size of {most} bytes"
+                # Of an upload in the words on which gradio removes what it has written of it.
+                raise MultiPartException(reason) if is_upload else HTTPException(413, reason)
+            return message
+
+        await self.app(scope, count, send)
