@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,19 +48,33 @@ class Served:
 
 @contextmanager
 def served(forks: ForkServer, folder: Path, target: Path, *words: str, before: str = "") -> Iterator[Served]:
-    """The page of a model for the length of a block; the process is stopped as by Ctrl-C where it still runs."""
+    """The page of a model for the length of a block; the process is stopped as by Ctrl-C where it still runs.
+
+    Whatever it asks of other machines would go through a proxy, which nothing may have come to in the end.
+    """
     temporary, port = folder / "tmp", free_port()
     temporary.mkdir(parents=True)
     words = ("demo", str(target), "--port", str(port), *words)
-    child = forks.start(folder / "session", *words, before=before, TMPDIR=str(temporary))
-    try:
-        wait_for(lambda: "the page is at" in child.stderr, child, pause=0.05)
-        yield Served(child, f"http://127.0.0.1:{port}/", port, temporary)
-    finally:
-        if not child.ended:
-            child.signal(2)
-        assert child.wait() == 0, child.stderr
-        assert "Traceback" not in child.stderr, child.stderr
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        ways = {
+            name: address
+            for kind in ("http", "https", "all")
+            for name in (f"{kind}_proxy", f"{kind.upper()}_PROXY")
+        }
+        ways |= {"no_proxy": "", "NO_PROXY": ""}
+        child = forks.start(folder / "session", *words, before=before, TMPDIR=str(temporary), **ways)
+        try:
+            wait_for(lambda: "the page is at" in child.stderr, child, pause=0.05)
+            yield Served(child, f"http://127.0.0.1:{port}/", port, temporary)
+        finally:
+            if not child.ended:
+                child.signal(2)
+            assert child.wait() == 0, child.stderr
+            assert "Traceback" not in child.stderr, child.stderr
+            assert select.select([proxy], [], [], 0)[0] == [], "something was asked of another machine"
 
 
 DROP = """

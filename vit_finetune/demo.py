@@ -16,6 +16,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
+from gradio.components import Component
 from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.datastructures import Headers
@@ -43,6 +44,8 @@ SHOWN = 5
 """Classes shown: the most probable ones."""
 OVERLAY_PIXELS = 448
 """Shorter side, at least, of the picture of where the model looked."""
+LOCAL = re.compile(r"localhost|127(?:\.\d+){3}|\[?::1\]?")
+"""Hosts that are this machine for everybody, whatever names servers give to addresses."""
 
 Pictures = Callable[[int], Sequence[Image.Image]]
 """Small pictures of a class, by its id."""
@@ -85,33 +88,54 @@ def build_page(
         gr.HTML(f"<h1>{html.escape(title)}</h1><p>Drop an image, and see what the model takes it for.</p>")
         with gr.Row():
             photo = gr.Image(
-                label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[]
+                label="Image",
+                type="filepath",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                buttons=[],
+                elem_id="photo",
             )
-            with gr.Column():
-                outputs: list[Any] = [
-                    gr.Label(label="Probabilities", show_heading=not _is_multi_label(model))
-                ]
-                if _is_multi_label(model):
-                    outputs.append(gr.Textbox(label="Labels that reach their thresholds"))
-            if method is not None:
-                outputs.append(gr.Image(label=f"Where the model looked ({method})", format="png", buttons=[]))
+            outputs = _place_answer(_is_multi_label(model), method)
         if examples is not None:
-            outputs.append(
-                gr.Gallery(
-                    label="Images that have this label",
-                    columns=6,
-                    height="auto",
-                    object_fit="contain",
-                    format="png",
-                    interactive=False,
-                    buttons=[],
-                )
-            )
+            outputs.append(_place_examples())
         # Without gradio's preprocessing: it would open what was dropped before it is known to be an image,
         # and fetch it first where a request names an address in the place of an upload.
         photo.change(answer, photo, outputs, preprocess=False, api_name="predict", show_progress="minimal")
     page.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=1)
     return page
+
+
+def _place_answer(several: bool, method: str | None) -> list[Component]:
+    """What shows the probabilities, of several labels those that are reached, and where the model looked."""
+    placed: list[Component] = []
+    with gr.Column():
+        placed.append(gr.Label(label="Probabilities", show_heading=not several, elem_id="answer"))
+        if several:
+            placed.append(gr.Textbox(label="Labels that reach their thresholds", elem_id="labels"))
+    if method is not None:
+        placed.append(
+            gr.Image(
+                label=f"Where the model looked ({method})",
+                format="png",
+                buttons=[],
+                elem_id="attention",
+                alt_text="The image as the model sees it, bright where it looked",
+            )
+        )
+    return placed
+
+
+def _place_examples() -> Component:
+    return gr.Gallery(
+        label="Images that have this label",
+        columns=6,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        buttons=[],
+        elem_id="examples",
+    )
 
 
 def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
@@ -141,7 +165,7 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
         footer_links=[],
         max_file_size=LARGEST_FILE,
         allowed_paths=[get_upload_folder()],  # or GRADIO_ALLOWED_PATHS would add others
-        app_kwargs={"middleware": [Middleware(Gate)]},
+        app_kwargs={"middleware": [Middleware(Gate, is_local=bool(host and LOCAL.fullmatch(host)))]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css="footer { display: none !important }",
     )
@@ -269,6 +293,9 @@ class Gate:
 
     Args:
         app: the server.
+        is_local: whether only this machine reaches it. Then it has to be called by a name of this machine: a
+            page of somebody else's, open in the same browser, could have a name that leads here too (DNS
+            rebinding), and read what is shown.
     """
 
     OPEN = re.compile(
@@ -279,8 +306,8 @@ class Gate:
     """Paths that the page and `gradio_client` ask for; a file is one of this machine, never an address."""
     UPLOAD = "/gradio_api/upload"
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, is_local: bool) -> None:
+        self.app, self.is_local = app, is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers or hands on one request."""
@@ -290,9 +317,13 @@ class Gate:
         if scope["type"] != "http" or not self.OPEN.fullmatch(scope["path"]):
             await PlainTextResponse("Not found", 404)(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        if self.is_local and not LOCAL.fullmatch(re.sub(r":\d+$", "", headers.get("host", ""))):
+            await PlainTextResponse("This page is for its own machine", 403)(scope, receive, send)
+            return
         is_upload = scope["path"] == self.UPLOAD
         most = LARGEST_REQUEST + (LARGEST_FILE if is_upload else 0)
-        length = Headers(scope=scope).get("content-length", "0")
+        length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > most:
             reason = f"This page takes images of up to {LARGEST_FILE // 1_000_000} MB"
             # The rest is not read: the connection ends here.
