@@ -214,7 +214,7 @@ def test_the_overlay_is_large_enough_to_be_seen(trained: Run) -> None:
 
 def test_a_model_that_no_method_fits_has_no_overlay(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*values: Any) -> Any:
-        raise ValueError("none of its layers answers with a map")
+        raise demo.NoMap("none of its layers answers with a map")
 
     model, processor = load_checkpoint(str(trained.model))
     monkeypatch.setattr(demo, "explain_pixels", fail)

@@ -213,6 +213,26 @@ def upload_data(
 
 
 @app.command()
+def explain(
+    target: Target,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER", help="Images to look at.")],
+    output: Annotated[str | None, typer.Option(help="Folder; RUN/explanations if left out.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show where a model looks in images."""
+
+    def work() -> None:
+        from vit_finetune.explaining import explain
+
+        found = explain(target, images, output)
+        if as_json:
+            _print_json(found)
+
+    _guarded(work, debug)
+
+
+@app.command()
 def demo(
     target: Target,
     space: Annotated[
@@ -265,7 +285,6 @@ def push(
     """Publish a run's model on the Hub; options left out are the recipe's `hub:`."""
     said = {"model_id": repo, "private": private, "license": license, "revision": revision, "tag": tag}
     said |= {"create_pr": create_pr, "verify": verify}
-
     overrides = [f"hub.{key}={json.dumps(value)}" for key, value in said.items() if value is not None]
     recipe = Run(run).recipe
     hub = _load(str(recipe), overrides).hub if recipe.is_file() else None

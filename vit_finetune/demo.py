@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from vit_finetune.data.images import EncodedImage, UnreadableImage
-from vit_finetune.evaluation.attention import explain_pixels, overlay, seen_images
+from vit_finetune.evaluation.attention import NoMap, explain_pixels, overlay, seen_images
 
 LARGEST_FILE = 20_000_000
 """Bytes of an image at most."""
@@ -258,7 +258,7 @@ def method_of(model: PreTrainedModel, image_processor: BaseImageProcessor) -> st
     black = image_processor(torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
     try:
         return explain_pixels(model, black.to(model.device))[1]
-    except ValueError:
+    except NoMap:
         return None
 
 

@@ -10,8 +10,10 @@ import torch
 
 from vit_finetune.console import say, show_table, warn
 from vit_finetune.evaluation.calibration import HIGHEST, LOWEST, fit_temperature
-from vit_finetune.evaluation.scoring import Scores, at_best_thresholds, save_mistakes, score
-from vit_finetune.files import write_text
+from vit_finetune.evaluation.mistakes import save_mistakes
+from vit_finetune.evaluation.scoring import Scores, at_best_thresholds, score
+from vit_finetune.evaluation.seeing import measure_seeing
+from vit_finetune.files import write_json, write_text
 from vit_finetune.model.loading import load_checkpoint
 from vit_finetune.recipe import Recipe
 from vit_finetune.reports import AnyReport, headline_scores
@@ -48,7 +50,8 @@ def score_splits(
         reports[name] = scores.report
         if writes:
             if name == "test" or "test" not in splits:
-                reports[name] = save_mistakes(scores, splits[name], run)
+                reports[name] = save_mistakes(scores, splits[name], run, model, image_processor)
+                write_json(run.seeing, measure_seeing(model, image_processor, splits[name]))
                 scores.save_predictions(run.predictions(name))
             write_text(run.report(name), reports[name].to_json())
     return reports

@@ -102,6 +102,8 @@ class Mistake(BaseModel):
     probability: float
     picture: str | None = None
     """File name below the run's `pictures/`."""
+    map: str | None = None
+    """The same of where the model looked."""
 
 
 class Report(BaseModel):
@@ -257,6 +259,7 @@ class Run:
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
         self.history = self.path / "history.json"
+        self.seeing = self.path / "seeing.json"
         self.pictures = self.path / "pictures"
         self.report_html = self.path / "report.html"
 

@@ -33,6 +33,10 @@ class NoGlobalAttention(ValueError):
     """There are no attention weights from every patch to every patch: there is nothing to roll out."""
 
 
+class NoMap(ValueError):
+    """No layer answers with as many rows and columns as would say where."""
+
+
 # --------------------------------------------------------------------------- attention
 
 
@@ -218,7 +222,7 @@ def gradient_maps(model: PreTrainedModel, pixel_values: torch.Tensor, classes: t
         classes: int64 `(batch,)`.
 
     Raises:
-        ValueError: no layer of the model answers with a map of the image.
+        NoMap: no layer answers with a map of the image of at least LEAST_CELLS cells a side.
     """
     from captum.attr import LayerGradientXActivation
 
@@ -227,17 +231,21 @@ def gradient_maps(model: PreTrainedModel, pixel_values: torch.Tensor, classes: t
     product: torch.Tensor | None = None
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            inputs = pixel_values.detach().clone().requires_grad_()
+            # Copies: tensors that were made in inference mode have no gradients.
+            inputs, target = pixel_values.detach().clone().requires_grad_(), classes.clone()
             for layer in _layers_with_maps(model, inputs):
                 method = LayerGradientXActivation(lambda images: model(pixel_values=images).logits, layer)
-                product = _as_map(method.attribute(inputs, target=classes), inputs)
+                product = _as_map(method.attribute(inputs, target=target), inputs)
                 # Behind the last attention a head that reads the class token has no gradient at the patches.
                 if product is not None and product.abs().max() > 0:
                     break
     finally:
         model.train(was_training)
     if product is None:
-        raise ValueError(f"{type(model).__name__}: none of its layers answers with a map of the image")
+        raise NoMap(
+            f"{type(model).__name__} makes no map of at least {LEAST_CELLS} x {LEAST_CELLS} cells of images "
+            f"of {inputs.shape[-1]} x {inputs.shape[-2]} pixels"
+        )
     return product.detach().clamp_min(0).float()
 
 
@@ -293,6 +301,9 @@ def explain_pixels(
         model: any image classifier.
         pixel_values: `(batch, channels, height, width)`, normalised, on the model's device.
         classes: which class gradients are of, int64 `(batch,)`; the most probable one if None.
+
+    Raises:
+        NoMap: as for `gradient_maps`.
     """
     try:
         return attention_maps(model, pixel_values), ROLLOUT

@@ -20,7 +20,14 @@ from vit_finetune.model.loading import is_multi_label, load_checkpoint
 from vit_finetune.run import Run, RunError
 
 
-class _Files(Dataset[dict[str, Any]]):
+class FileImages(Dataset[dict[str, Any]]):
+    """Image files as a model sees them: items hold `pixel_values`, uint8 `(3, height, width)`.
+
+    Args:
+        paths: of the files.
+        image_processor: the model's.
+    """
+
     def __init__(self, paths: Sequence[Path], image_processor: BaseImageProcessor) -> None:
         self.paths, self.image_processor = paths, image_processor
 
@@ -31,6 +38,11 @@ class _Files(Dataset[dict[str, Any]]):
         return {"pixel_values": self.read(index), "labels": -1}
 
     def read(self, index: int) -> torch.Tensor:
+        """One image at the model's size, uint8 `(3, height, width)`.
+
+        Raises:
+            RunError: it cannot be opened, or is no image.
+        """
         path = self.paths[index]
         try:
             return resize(decode_image(path.read_bytes()), self.image_processor)
@@ -38,6 +50,26 @@ class _Files(Dataset[dict[str, Any]]):
             raise RunError(f"{path}: cannot be read: {error}") from None
         except OSError as error:
             raise RunError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def find_images(images: Sequence[str | Path]) -> list[Path]:
+    """Image files, and those in folders, however deep.
+
+    Raises:
+        RunError: one is not there, or a folder has none.
+    """
+    paths: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            found = [image / name for name in walk_files(image) if is_image_name(name)]
+            if not found:
+                raise RunError(f"{image}: there are no images in this folder")
+            paths += found
+        elif image.is_file():
+            paths.append(image)
+        else:
+            raise RunError(f"{image}: no such file or folder")
+    return paths
 
 
 def predict(
@@ -59,22 +91,12 @@ def predict(
     Raises:
         RunError: no model there, or it has no temperature; or an image that is missing or cannot be read.
     """
-    paths: list[Path] = []
-    for image in map(Path, images):
-        if image.is_dir():
-            found = [image / name for name in walk_files(image) if is_image_name(name)]
-            if not found:
-                raise RunError(f"{image}: there are no images in this folder")
-            paths += found
-        elif image.is_file():
-            paths.append(image)
-        else:
-            raise RunError(f"{image}: no such file or folder")
+    paths = find_images(images)
     run = Run(target)
     model, image_processor = load_checkpoint(str(run.model if run.exists() else target))
     temperature = temperature_of(model.config, str(target)) if calibrated else None
     model = model.to(best_device())
-    files = _Files(paths, image_processor)
+    files = FileImages(paths, image_processor)
     logits = predict_logits(model, image_processor, files, 32, "predicting")
     rows = torch.from_numpy(temper(logits, temperature) if temperature else probabilities_of(logits, model))
     thresholds = read_thresholds(model.config).tolist() if is_multi_label(model) else None

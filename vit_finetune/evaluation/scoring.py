@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from sklearn import metrics as sk
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -25,7 +24,7 @@ from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.folders import ALL
 from vit_finetune.data.sources.labels import multi_hot, with_labels
 from vit_finetune.data.sources.source import load_source
-from vit_finetune.data.transforms import EvaluationImages, ImageFiles, collate, cores_here, normalize
+from vit_finetune.data.transforms import EvaluationImages, collate, cores_here, normalize
 from vit_finetune.evaluation.calibration import measure_calibrated, temperature_of
 from vit_finetune.evaluation.images import check_labels, other_data, own_split, take_split
 from vit_finetune.evaluation.metrics import (
@@ -43,9 +42,6 @@ from vit_finetune.model.loading import is_multi_label, load_checkpoint
 from vit_finetune.recipe import EvaluationConfig, load_recipe
 from vit_finetune.reports import AnyReport, MultiLabelReport
 from vit_finetune.run import Mistake, Report, Run, RunError, wilson_interval
-
-PICTURE_PIXELS = 224
-"""Longest side of the pictures of mistakes in a report."""
 
 
 @dataclass
@@ -271,24 +267,6 @@ def compute_label_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str
     """Accuracy, macro F1 and balanced accuracy by name, each in [0, 1], for class ids `(images,)`."""
     scores: dict[str, float] = build_metrics().compute(predictions=predicted, references=labels)
     return scores
-
-
-def save_mistakes(scores: Scores, split: datasets.Dataset, run: Run) -> AnyReport:
-    """Writes a picture of each of the worst mistakes into the run; answers the report that names them."""
-    files = ImageFiles(split)
-    row_of = {identity: row for row, identity in enumerate(scores.ids)}
-    shown = []
-    for number, mistake in enumerate(scores.report.worst_mistakes):
-        image = Image.fromarray(files[row_of[mistake.id]].permute(1, 2, 0).numpy())
-        scale = PICTURE_PIXELS / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        # Small images keep their pixels visible; large ones are averaged.
-        image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-        name = f"mistake-{number:02}.jpg"
-        with written_whole(run.pictures / name) as temporary:
-            image.save(temporary, "JPEG", quality=90)
-        shown.append(mistake.model_copy(update={"picture": name}))
-    return scores.report.model_copy(update={"worst_mistakes": shown})
 
 
 def evaluate(

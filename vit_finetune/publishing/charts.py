@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,6 +24,7 @@ from matplotlib.ticker import (
     SymmetricalLogLocator,
 )
 
+from vit_finetune.files import written_whole
 from vit_finetune.publishing.record import ClassRow, bin_count, one_line, percent
 from vit_finetune.run import CalibrationBin, Report
 
@@ -247,6 +249,38 @@ def draw_calibration(
         return _svg(figure, name, "Reliability diagram: accuracy by predicted probability")
 
 
+# --------------------------------------------------------------------------- attention
+
+
+def draw_distances(seeing: dict[str, Any] | None) -> str | None:
+    """How far each attention head looks, by layer, from what `seeing.json` holds; None without distances."""
+    if not seeing or not seeing.get("mean_attention_distance"):
+        return None
+    with _style("distances"):
+        figure = _distances(seeing)
+        return _svg(figure, "distances", "Mean attention distance of each head, by layer")
+
+
+def save_distances(seeing: dict[str, Any], path: Path) -> None:
+    """Writes the same chart as a PNG; there must be distances."""
+    with _style("distances"), written_whole(path) as temporary:
+        _distances(seeing).savefig(temporary, format="png", dpi=160)
+
+
+def _distances(seeing: dict[str, Any]) -> Figure:
+    layers = seeing["mean_attention_distance"]
+    figure, axes = _figure(5.4, 3.0, "Layer", "Mean attention distance (pixels)")
+    points = [(number, value) for number, heads in enumerate(layers, 1) for value in heads]
+    axes.plot(*zip(*points), "o", color=BLUE, markersize=4, alpha=0.7, label="a head")
+    means = [float(np.mean(heads)) for heads in layers]
+    axes.plot(range(1, len(means) + 1), means, color=ORANGE, linewidth=1.4, label="mean of the layer")
+    axes.axhline(seeing["uniform_distance"], color=GREY, linestyle="--", label="all patches alike")
+    axes.set_ylim(0, 1.08 * max(seeing["uniform_distance"], *(value for _, value in points)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
 # --------------------------------------------------------------------------- a search
 
 
@@ -287,21 +321,10 @@ def draw_settings(document: dict[str, Any], key: str) -> str | None:
         figure, axes = _figure(3.7, 2.7, one_line(key, 40), f"Validation {metric}")
         if key in document["logarithmic"]:
             _use_log_scale(axes)
-        axes.plot(
-            [place(trial) for trial in scored],
-            [trial["score"] for trial in scored],
-            "o",
-            color=BLUE,
-            markersize=4,
-        )
-        best = [trial for trial in scored if trial["number"] == document["best"]]
-        axes.plot(
-            *zip(*[(place(trial), trial["score"]) for trial in best]),
-            "o",
-            color=ORANGE,
-            markersize=6,
-            label="best",
-        )
+        points = [(place(trial), trial["score"]) for trial in scored]
+        axes.plot(*zip(*points), "o", color=BLUE, markersize=4)
+        best = [point for point, trial in zip(points, scored) if trial["number"] == document["best"]]
+        axes.plot(*zip(*best), "o", color=ORANGE, markersize=6, label="best")
         _draw_pruned(axes, [(place(trial), trial) for trial in trials])
         if words:
             axes.set_xticks(range(len(words)), [one_line(word, 18) for word in words])

@@ -34,6 +34,8 @@ class Record:
     test: AnyReport | None
     findings: list[Finding] | None
     """What the checkup saw in the data, gravest first; None where it was not looked at."""
+    seeing: dict[str, Any] | None
+    """Where the model looks: the method, and with attention how far each head reaches."""
 
     @property
     def headline(self) -> AnyReport | None:
@@ -117,6 +119,7 @@ def load_record(run: Run) -> Record:
         validation=loaded["validation"],
         test=loaded["test"],
         findings=Findings.load(run.findings).findings if run.findings.is_file() else None,
+        seeing=_load_json(run.seeing),
     )
 
 

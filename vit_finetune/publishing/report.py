@@ -28,7 +28,7 @@ from vit_finetune.publishing.record import (
     worst_by_f1,
 )
 from vit_finetune.reports import AnyReport, MultiLabelReport
-from vit_finetune.run import Mistake, Run
+from vit_finetune.run import Run
 
 MOST_BARS = 20
 """With more classes, the bars show only this many: the worst."""
@@ -65,9 +65,12 @@ def build_report(run: Run) -> str:
         report=report,
         curves=_curves(record),
         augmented=_picture(run.pictures / "augmented.jpg"),
-        mistakes=[(mistake, _mistake_picture(run, mistake)) for mistake in report.worst_mistakes]
-        if report
-        else [],
+        mistakes=[
+            (mistake, _named_picture(run, mistake.picture), _named_picture(run, mistake.map))
+            for mistake in (report.worst_mistakes if report else [])
+        ],
+        seeing=record.seeing,
+        distances=Markup(chart) if (chart := charts.draw_distances(record.seeing)) else None,
         scores=label_score_rows(several) if several else score_rows(record),
         multi_label=bool(several),
         **(_of_one_split(report) if report else {}),
@@ -129,9 +132,9 @@ def _of_one_split(report: AnyReport) -> dict[str, Any]:
     }
 
 
-def _mistake_picture(run: Run, mistake: Mistake) -> Picture | None:
+def _named_picture(run: Run, name: str | None) -> Picture | None:
     # Only the name counts: a report from elsewhere must not pull other files into the page.
-    return _picture(run.pictures / Path(mistake.picture).name) if mistake.picture else None
+    return _picture(run.pictures / Path(name).name) if name else None
 
 
 def _picture(path: Path) -> Picture | None:
