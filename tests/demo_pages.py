@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,9 @@ class Served:
         lines = Path(f"/proc/{self.child.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
-    def client(self) -> Client:
-        """gradio's own client."""
-        return Client(self.url, verbose=False, analytics_enabled=False, download_files=False)
+    def client(self) -> closing[Client]:
+        """gradio's own client, for the length of a block."""
+        return closing(Client(self.url, verbose=False, analytics_enabled=False, download_files=False))
 
 
 @contextmanager
@@ -65,6 +65,7 @@ def served(forks: ForkServer, folder: Path, target: Path, *words: str, before: s
             for name in (f"{kind}_proxy", f"{kind.upper()}_PROXY")
         }
         ways |= {"no_proxy": "", "NO_PROXY": ""}
+        before += "\nimport tempfile\ntempfile.tempdir = None\n"  # the server's own, chosen before the fork
         child = forks.start(folder / "session", *words, before=before, TMPDIR=str(temporary), **ways)
         try:
             wait_for(lambda: "the page is at" in child.stderr, child, pause=0.05)

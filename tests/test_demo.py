@@ -18,7 +18,6 @@ import pytest
 from demo_pages import ZONE, Served, drop, free_port, served
 from fork_server import ForkServer, wait_for
 from gradio_client import handle_file
-from gradio_client.exceptions import AppError
 from playwright.sync_api import Browser, Page, expect
 from test_demo_images import bomb
 
@@ -44,8 +43,25 @@ def page(browser: Browser, demo: Served) -> Iterator[Page]:
     page = browser.new_page()
     asked: list[str] = []
     said: list[str] = []
+    # An upload may be over before gradio's own script asks how far it is: that is answered with 404.
+    page.on(
+        "response",
+        lambda answer: (
+            said.append(answer.url)
+            if answer.status >= 400 and answer.status != 413 and "upload_progress" not in answer.url
+            else None
+        ),
+    )
     page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: (
+            said.append(message.text)
+            if message.type == "error"
+            and not message.text.startswith(("Failed to load resource", "Response"))
+            else None
+        ),
+    )
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("dialog", lambda dialog: said.append(dialog.message))
     page.goto(demo.url)
@@ -75,7 +91,7 @@ def test_a_photograph_is_dropped_and_answered(page: Page, trained: Run) -> None:
     overlay = page.locator("#attention img")
     assert overlay.evaluate("image => image.decode().then(() => image.naturalWidth)") == 448
     pictures = page.locator("#examples img")
-    expect(pictures).to_have_count(6)
+    expect(pictures).to_have_count(3)  # as many as the validation split has of each class
     assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
 
 
@@ -108,13 +124,15 @@ def test_a_text_file_and_a_bomb_are_refused(page: Page) -> None:
 
 
 @pytest.mark.browser
-def test_a_large_file_does_not_leave_the_browser(page: Page, demo: Served, tmp_path: Path) -> None:
-    large = tmp_path / "large.png"
+def test_a_large_file_is_refused_and_its_name_is_no_markup(page: Page, demo: Served, tmp_path: Path) -> None:
+    large = tmp_path / "<img src=x onerror=alert(1)>.png"
     with large.open("wb") as file:
         file.truncate(100_000_000)
     before = set(demo.uploads)
     page.set_input_files("input[type=file]", large)
-    expect(page.locator(".toast-wrap")).to_contain_text("exceeds", timeout=20_000)
+    expect(page.locator(".toast-wrap")).to_contain_text(
+        "HTTP 413: This page takes images of up to 20 MB", timeout=20_000
+    )
     assert set(demo.uploads) == before
 
 
@@ -166,9 +184,10 @@ def test_the_server_listens_on_this_machine_alone(demo: Served) -> None:
     assert listening == ["0100007F"]
 
 
-def fetch(demo: Served, path: str, **headers: str) -> tuple[int, bytes]:
+def fetch(demo: Served, path: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     """Status and body of an answer."""
-    request = urllib.request.Request(demo.url.rstrip("/") + path, headers=headers)
+    headers |= {"Content-Type": "application/json"} if data else {}
+    request = urllib.request.Request(demo.url.rstrip("/") + path, data, headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=20) as response:
@@ -176,6 +195,11 @@ def fetch(demo: Served, path: str, **headers: str) -> tuple[int, bytes]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read()
+
+
+def ask(demo: Served, *said: Any) -> tuple[int, bytes]:
+    """What the server says of files, told in its own words and not by gradio's client."""
+    return fetch(demo, "/gradio_api/call/predict", json.dumps({"data": list(said)}).encode())
 
 
 def test_there_is_one_endpoint_and_no_way_to_other_files(demo: Served, trained: Run) -> None:
@@ -191,9 +215,21 @@ def test_there_is_one_endpoint_and_no_way_to_other_files(demo: Served, trained: 
         assert fetch(demo, path)[0] == 404, path
     for path in (trained.recipe, trained.path / "model" / "config.json", Path("/etc/passwd"), Path("/etc")):
         assert fetch(demo, f"/gradio_api/file={path}")[0] in (403, 404), path
-    for path in (trained.recipe, Path("/etc/passwd")):
-        with pytest.raises(AppError, match="there is no such upload"), demo.client() as client:
-            client.predict({"path": str(path), "meta": {"_type": "gradio.FileData"}}, api_name="/predict")
+    picture = trained.path / "pictures" / "mistake-00.jpg"
+    refused = (400, b"there is no such upload; drop the image again")
+    for said in (
+        picture,
+        trained.recipe,
+        "/etc/passwd",
+        "https://example.com/x.png",
+        "file:///etc/passwd",
+        "",
+    ):
+        meta = {"_type": "gradio.FileData"}
+        assert ask(demo, {"path": str(said), "url": str(said), "meta": meta}) == refused, said
+        assert ask(demo, [{"x": {"path": str(said), "meta": meta}}]) == refused, said
+    assert fetch(demo, "/gradio_api/call/predict", b"{")[0] == 400
+    assert fetch(demo, "/gradio_api/call/predict", b"[" * 90_000)[0] == 400
 
 
 def test_a_name_that_others_lead_here_is_refused(demo: Served) -> None:
@@ -232,9 +268,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("path", KINDS)
-def test_a_length_that_is_told_is_refused_before_the_body(demo: Served, path: str) -> None:
+def test_a_length_that_is_told_is_answered_before_the_body(demo: Served, path: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {KINDS[path]}\r\nContent-Length: 100000000\r\n\r\n"
-    assert send_raw(demo, head, iter([])) == "HTTP/1.1 413 Content Too Large"
+    assert send_raw(demo, head, iter([])).startswith("HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("path", KINDS)

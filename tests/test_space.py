@@ -6,9 +6,11 @@ import ast
 import re
 import subprocess
 import sys
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from conftest import Say
@@ -134,9 +136,9 @@ def _ask(port: int, image: Path, process: subprocess.Popen[bytes], log: str) -> 
         client = Client(
             f"http://127.0.0.1:{port}/", verbose=False, analytics_enabled=False, download_files=False
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, httpx.HTTPError):
         return None
-    with client:
+    with closing(client):
         return client.predict(handle_file(str(image)), api_name="/predict")  # type: ignore[no-any-return]
 
 

@@ -7,9 +7,10 @@ It stands alone: published as a Space, this file is its `app.py`, with `data/ima
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from gradio.components import Component
 from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -30,7 +31,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from vit_finetune.data.images import EncodedImage, UnreadableImage
 from vit_finetune.evaluation.attention import NoMap, explain_pixels, overlay, seen_images
 
-LARGEST_FILE = 20_000_000
+LARGEST_FILE = 20 * 1024 * 1024
 """Bytes of an image at most."""
 LARGEST_REQUEST = 100_000
 """Bytes of any other request at most; and of what an upload holds around its image."""
@@ -44,6 +45,8 @@ SHOWN = 5
 """Classes shown: the most probable ones."""
 OVERLAY_PIXELS = 448
 """Shorter side, at least, of the picture of where the model looked."""
+TOO_LARGE = f"This page takes images of up to {LARGEST_FILE // 1024**2} MB"
+NO_UPLOAD = "there is no such upload; drop the image again"
 LOCAL = re.compile(r"localhost|127(?:\.\d+){3}|\[?::1\]?")
 """Hosts that are this machine for everybody, whatever names servers give to addresses."""
 
@@ -84,7 +87,8 @@ def build_page(
             told.append([(picture, name) for picture in examples(best)])
         return told
 
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=SWEEP) as page:
+    page = gr.Blocks(title=title, analytics_enabled=False, delete_cache=SWEEP)
+    with page:
         gr.HTML(f"<h1>{html.escape(title)}</h1><p>Drop an image, and see what the model takes it for.</p>")
         with gr.Row():
             photo = gr.Image(
@@ -98,8 +102,7 @@ def build_page(
             outputs = _place_answer(_is_multi_label(model), method)
         if examples is not None:
             outputs.append(_place_examples())
-        # Without gradio's preprocessing: it would open what was dropped before it is known to be an image,
-        # and fetch it first where a request names an address in the place of an upload.
+        # Without gradio's preprocessing, which opens what was dropped before anything is known of it.
         photo.change(answer, photo, outputs, preprocess=False, api_name="predict", show_progress="minimal")
     page.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=1)
     return page
@@ -149,6 +152,8 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
     Raises:
         OSError: the port is taken.
     """
+    # Without max_file_size, which `Gate` knows: where gradio knows it too, its script puts the names of larger
+    # files into the page as markup.
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -163,7 +168,6 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
         run_history=False,
         enable_monitoring=False,
         footer_links=[],
-        max_file_size=LARGEST_FILE,
         allowed_paths=[get_upload_folder()],  # or GRADIO_ALLOWED_PATHS would add others
         app_kwargs={"middleware": [Middleware(Gate, is_local=bool(host and LOCAL.fullmatch(host)))]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
@@ -184,13 +188,12 @@ def read_upload(upload: Any) -> torch.Tensor:
     Raises:
         gr.Error: no upload, no image, a damaged one, or one of too many bytes or pixels.
     """
-    said = upload.get("path") if isinstance(upload, dict) else None
-    path = Path(os.path.realpath(said)) if isinstance(said, str) and "\0" not in said else None
-    if path is None or not path.is_relative_to(os.path.realpath(get_upload_folder())) or not path.is_file():
-        raise _refusal("there is no such upload; drop the image again")
+    path = find_upload(upload.get("path")) if isinstance(upload, dict) else None
+    if path is None:
+        raise _refusal(NO_UPLOAD)
     name = str(upload.get("orig_name") or path.name)
     if path.stat().st_size > LARGEST_FILE:
-        raise _refusal(f"{name} is larger than {LARGEST_FILE // 1_000_000} MB")
+        raise _refusal(f"{name} is larger than {LARGEST_FILE // 1024**2} MB")
     try:
         encoded = EncodedImage(path.read_bytes())
         height, width = encoded.size
@@ -201,6 +204,13 @@ def read_upload(upload: Any) -> torch.Tensor:
         return encoded.decode()
     except UnreadableImage as error:
         raise _refusal(f"{name} cannot be read: {error}") from None
+
+
+def find_upload(said: Any) -> Path | None:
+    """The file in the folder of uploads that somebody names; None of anything else."""
+    path = Path(os.path.realpath(said)) if isinstance(said, str) and "\0" not in said else None
+    folder = os.path.realpath(get_upload_folder())
+    return path if path is not None and path.is_relative_to(folder) and path.is_file() else None
 
 
 def _refusal(reason: str) -> gr.Error:
@@ -222,7 +232,8 @@ def classify(pixel_values: torch.Tensor, model: PreTrainedModel) -> np.ndarray:
         logits = model(pixel_values=pixel_values).logits[0].float().cpu()  # (classes,)
     if not logits.isfinite().all():
         raise _refusal("the model answers with NaN or infinity: its weights are broken")
-    return (logits.sigmoid() if _is_multi_label(model) else logits.softmax(dim=-1)).numpy()
+    probabilities = logits.sigmoid() if _is_multi_label(model) else logits.softmax(dim=-1)
+    return np.asarray(probabilities)
 
 
 def bars(probabilities: np.ndarray, model: PreTrainedModel) -> dict[str, float]:
@@ -324,22 +335,64 @@ class Gate:
         is_upload = scope["path"] == self.UPLOAD
         most = LARGEST_REQUEST + (LARGEST_FILE if is_upload else 0)
         length = headers.get("content-length", "0")
+        # What is refused is read no further, but by the server itself, which throws it away: browsers show
+        # the answer to a request only when they have sent all of it.
         if not length.isdecimal() or int(length) > most:
-            reason = f"This page takes images of up to {LARGEST_FILE // 1_000_000} MB"
-            # The rest is not read: the connection ends here.
-            await PlainTextResponse(reason, 413, {"Connection": "close"})(scope, receive, send)
+            await PlainTextResponse(TOO_LARGE, 413)(scope, receive, send)
+        elif is_upload:
+            await self.app(scope, _limited(receive, most), send)
+        else:
+            await self._hand_on(scope, receive, send, most)
+
+    async def _hand_on(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
+        """Lets the server have a request that is no upload, if it is short and every file in it is an upload.
+
+        The server itself would fetch whatever a request names by an address in the place of a path.
+        """
+        body = b""
+        try:
+            async for piece in Request(scope, _limited(receive, most)).stream():
+                body += piece
+            if body and not all(map(find_upload, paths_in(json.loads(body)))):
+                await PlainTextResponse(NO_UPLOAD, 400)(scope, receive, send)
+                return
+        except MultiPartException:
+            await PlainTextResponse(TOO_LARGE, 413)(scope, receive, send)
             return
-        taken = 0
+        except (ValueError, RecursionError):
+            await PlainTextResponse("Not JSON", 400)(scope, receive, send)
+            return
+        whole: list[Message] = [{"type": "http.request", "body": body}]
 
-        async def count() -> Message:
-            """Hands on a piece of the body, as long as it is not too long: it need not say its length."""
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > most:
-                reason = f"more than the maximum allowed size of {most} bytes"
-                # Of an upload in the words on which gradio removes what it has written of it.
-                raise MultiPartException(reason) if is_upload else HTTPException(413, reason)
-            return message
+        async def again() -> Message:
+            return whole.pop() if whole else await receive()
 
-        await self.app(scope, count, send)
+        await self.app(scope, again, send)
+
+
+def _limited(receive: Receive, most: int) -> Receive:
+    """Hands on the pieces of a body, which need not say how long it is, up to a number of bytes.
+
+    Raises:
+        MultiPartException: it is longer: the error on which gradio removes what it has written of an upload.
+    """
+    taken = 0
+
+    async def count() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > most:
+            raise MultiPartException(f"more than the maximum allowed size of {most} bytes")
+        return message
+
+    return count
+
+
+def paths_in(value: Any) -> Iterator[Any]:
+    """What stands as `path` anywhere in a JSON value: gradio takes it for a file."""
+    if isinstance(value, dict):
+        yield from (part for key, part in value.items() if key == "path")
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from paths_in(part)

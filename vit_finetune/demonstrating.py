@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import numpy as np
@@ -117,7 +118,7 @@ def _reach_directly(host: str) -> None:
         os.environ[name] = ",".join([*([known] if known else []), host, "127.0.0.1", "localhost"])
 
 
-def _import_demo():  # type: ignore[no-untyped-def]  # a module
+def _import_demo() -> ModuleType:
     try:
         from vit_finetune import demo
     except ModuleNotFoundError as error:
