@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import TINY_VIT
 from demo_pages import ZONE, Served, drop, free_port, served
 from fork_server import ForkServer, wait_for
 from gradio_client import handle_file
@@ -22,6 +24,8 @@ from playwright.sync_api import Browser, Page, expect
 from test_demo_images import bomb
 
 from vit_finetune.evaluation.prediction import predict
+from vit_finetune.model.loading import load_model
+from vit_finetune.recipe import ModelConfig
 from vit_finetune.run import Run
 
 pytestmark = pytest.mark.slow
@@ -93,6 +97,7 @@ def test_a_photograph_is_dropped_and_answered(page: Page, trained: Run) -> None:
     pictures = page.locator("#examples img")
     expect(pictures).to_have_count(3)  # as many as the validation split has of each class
     assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+    assert pictures.first.evaluate("image => image.clientWidth") < 250  # small, and not the page's width
 
 
 @pytest.mark.browser
@@ -171,6 +176,25 @@ def test_a_client_is_told_what_predict_says(demo: Served, trained: Run) -> None:
     assert confidences == {
         one["label"]: pytest.approx(one["probability"], abs=1e-6) for one in expected["predictions"]
     }
+
+
+def test_several_labels_are_named_where_they_reach_their_thresholds(
+    forks: ForkServer, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, processor = load_model(ModelConfig(config=TINY_VIT), ["red", "round", "old"], multi_label=True)
+    model.config.thresholds = [0.0, 1.0, 0.25]
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    (expected,) = predict(tmp_path / "model", [CHINA])
+    with served(forks, tmp_path, tmp_path / "model") as demo:
+        told = answer_of(demo, CHINA)
+    assert {one["label"] for one in told[0]["confidences"]} == {
+        "red (threshold 0.00)",
+        "round (threshold 1.00)",
+        "old (threshold 0.25)",
+    }
+    assert told[1] == ", ".join(expected["labels"]) == "red, old"
 
 
 def test_the_server_listens_on_this_machine_alone(demo: Served) -> None:
@@ -286,6 +310,7 @@ def test_100_mb_are_refused_without_their_memory(demo: Served, path: str, told: 
 
     first = send_raw(demo, head, pieces())
     assert " 413 " in first or (first == "closed" and told), first
+    print("grew by", demo.status("VmHWM") - before, "kB")
     assert demo.status("VmHWM") - before < 50_000  # kB
     wait_for(lambda: set(demo.uploads) == files_before, timeout=5)
     assert fetch(demo, "/config")[0] == 200

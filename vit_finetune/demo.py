@@ -50,6 +50,18 @@ NO_UPLOAD = "there is no such upload; drop the image again"
 LOCAL = re.compile(r"localhost|127(?:\.\d+){3}|\[?::1\]?")
 """Hosts that are this machine for everybody, whatever names servers give to addresses."""
 
+STYLE = """
+footer { display: none !important }
+#examples { min-height: 0 !important }
+#examples .grid-wrap { min-height: 0 !important; padding-top: 2.2rem }
+#examples .grid-container {
+    grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) !important;
+    grid-auto-rows: auto !important;
+    height: auto !important;
+}
+"""
+"""Pictures of a class are small ones side by side, however few there are and however narrow the page is."""
+
 Pictures = Callable[[int], Sequence[Image.Image]]
 """Small pictures of a class, by its id."""
 
@@ -131,7 +143,6 @@ def _place_answer(several: bool, method: str | None) -> list[Component]:
 def _place_examples() -> Component:
     return gr.Gallery(
         label="Images that have this label",
-        columns=6,
         height="auto",
         object_fit="contain",
         format="png",
@@ -152,8 +163,8 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
     Raises:
         OSError: the port is taken.
     """
-    # Without max_file_size, which `Gate` knows: where gradio knows it too, its script puts the names of larger
-    # files into the page as markup.
+    # Without max_file_size, which `Gate` knows: where gradio knows it too, its script puts the names of
+    # larger files into the page as markup.
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -171,7 +182,7 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
         allowed_paths=[get_upload_folder()],  # or GRADIO_ALLOWED_PATHS would add others
         app_kwargs={"middleware": [Middleware(Gate, is_local=bool(host and LOCAL.fullmatch(host)))]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css="footer { display: none !important }",
+        css=STYLE,
     )
     return address
 
