@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -117,6 +118,26 @@ def test_the_techniques_keys_are_recipes() -> None:
         for section, keys in values.items():
             whole[section] = whole.get(section, {}) | keys
         build_recipe(whole, name="example")
+
+
+def test_the_commands_about_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vit_finetune import cli, demonstrating
+
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^vit-finetune (demo .*)$", page, re.MULTILINE)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(demonstrating, "serve_demo", lambda *words: asked.append(words))
+    monkeypatch.setattr(demonstrating, "publish_space", lambda *words: asked.append(words))
+    monkeypatch.setattr(cli, "_listen", lambda: None)
+    for command in commands:
+        cli.app(shlex.split(command, comments=True), standalone_mode=False)
+    assert asked == [
+        ("runs/photos", "127.0.0.1", None),
+        ("you/photos@v1", "127.0.0.1", 8000),
+        ("runs/photos", "0.0.0.0", None),
+        ("you/photos", "you/photos-page", None),
+        ("you/photos", "you/photos-page", True),
+    ]
 
 
 def test_every_verb_of_the_readme_exists() -> None:

@@ -265,6 +265,35 @@ def explain(
 
 
 @app.command()
+def demo(
+    target: Target,
+    space: Annotated[
+        str | None, typer.Option(metavar="ID", help="Publish the page as this Space: owner/name.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to bind to; 0.0.0.0 opens it to others.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 on if left out.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only its owners see the Space.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Open a page that classifies the images dropped on it."""
+    if private and space is None:
+        raise typer.BadParameter("--private is for a Space: say --space owner/name too")
+
+    def work() -> None:
+        _listen()  # or what was uploaded would be left behind
+        from vit_finetune.demonstrating import publish_space, serve_demo
+
+        if space is not None:
+            publish_space(target, space, private or None)
+        else:
+            serve_demo(target, host, port)
+
+    guarded(work, debug)
+
+
+@app.command()
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     repo: Annotated[str | None, typer.Option(metavar="ID", help="Where to: owner/name.")] = None,

@@ -34,7 +34,7 @@ from vit_finetune.console import say, terminal
 from vit_finetune.files import is_disk_full
 from vit_finetune.run import RunError
 
-Kind = Literal["model", "dataset"]
+Kind = Literal["model", "dataset", "space"]
 Answer = TypeVar("Answer")
 
 MODEL_FILES = [
@@ -74,7 +74,7 @@ def hub_address() -> str:
 
 def web_address(repo_id: str, kind: Kind = "model", commit: str | None = None) -> str:
     """Where people look at a repository."""
-    folder = "" if kind == "model" else "datasets/"
+    folder = "" if kind == "model" else f"{kind}s/"
     return f"{hub_address()}/{folder}{repo_id}" + (f"/tree/{commit}" if commit else "")
 
 

@@ -84,7 +84,8 @@ def check_access(
         _check_role(who)
         info = persist(f"looking at {repo_id}", lambda: _info(repo_id, kind))
         if info is None:
-            _check_no_other_kind(repo_id, kind)
+            if kind != "space":  # one beside a model often has its name
+                _check_no_other_kind(repo_id, kind)
             if create_pr:
                 raise RunError(
                     f"{repo_id}: there is no such {kind} to open a pull request on; leave out create_pr"
@@ -283,7 +284,8 @@ def commit_files(
 
     def attempt() -> Commit:
         if not pr_author and not api.repo_exists(repo_id, repo_type=kind):
-            api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+            sdk = "gradio" if kind == "space" else None
+            api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk)
         branch = (
             _open_pr(repo_id, kind, message, pr_author) if pr_author else _branch(repo_id, kind, revision)
         )
