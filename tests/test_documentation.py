@@ -128,7 +128,7 @@ def test_the_commands_about_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) 
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(demonstrating, "serve_demo", lambda *words: asked.append(words))
     monkeypatch.setattr(demonstrating, "publish_space", lambda *words: asked.append(words))
-    monkeypatch.setattr(cli, "_listen", lambda: None)
+    monkeypatch.setattr(cli, "listen", lambda: None)
     for command in commands:
         cli.app(shlex.split(command, comments=True), standalone_mode=False)
     assert asked == [

@@ -282,7 +282,7 @@ def demo(
         raise typer.BadParameter("--private is for a Space: say --space owner/name too")
 
     def work() -> None:
-        _listen()  # or what was uploaded would be left behind
+        listen()  # or what was uploaded would be left behind
         from vit_finetune.demonstrating import publish_space, serve_demo
 
         if space is not None:
