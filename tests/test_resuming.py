@@ -203,12 +203,12 @@ def test_a_signal_after_all_is_done_changes_nothing(place: Place, tmp_path: Path
 def test_a_second_signal_while_the_first_is_answered(place: Place, tmp_path: Path) -> None:
     before = f"""
 import os
-from vit_finetune import cli, finetuning
-plain = cli.say
+from vit_finetune import finetuning, guarding
+plain = guarding.say
 def say(message):
     {send(signal.SIGTERM)}
     plain(message)
-cli.say = say
+guarding.say = say
 def prepare_data(*_):
     {send(signal.SIGTERM)}
 finetuning.prepare_data = prepare_data
