@@ -240,3 +240,24 @@ def test_other_architectures_stand_beside_the_vit(config: dict[str, object], tmp
     torch.testing.assert_close(again(pixels).logits, model.eval()(pixels).logits)
     resized, _ = load_model(ModelConfig(path=str(tmp_path), image_size=64), ["x", "y", "z"])
     assert resized(torch.rand(1, 3, 64, 64)).logits.shape == (1, 3)
+
+
+def test_a_pretrained_resnet_takes_the_size_of_its_processor(tmp_path: Path) -> None:
+    """Its config says none; what plans the training asks the model for it."""
+    from vit_finetune.training.hardware import image_size_of
+
+    resnet = {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "embedding_size": 8,
+        "hidden_sizes": [8],
+        "depths": [1],
+    }
+    model, processor = load_model(ModelConfig(config=resnet, image_size=32), ["a", "b"])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["image_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, _ = load_model(ModelConfig(path=str(tmp_path)), ["a", "b", "c"])
+    assert image_size_of(model) == (32, 32)

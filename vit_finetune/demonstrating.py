@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from vit_finetune.console import say, warn
-from vit_finetune.data.checkup.pictures import open_image
+from vit_finetune.data.checkup.pictures import open_image, scaled
 from vit_finetune.data.images import UnreadableImage
 from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.labels import label_names
@@ -171,10 +171,7 @@ def load_examples(run: Run, names: Sequence[str]) -> Callable[[int], list[Image.
 
 
 def _draw(images: datasets.Dataset, row: int) -> Image.Image:
-    image = Image.fromarray(np.asarray(open_image(images, row).permute(1, 2, 0)))
-    scale = EXAMPLE_PIXELS / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    return scaled(Image.fromarray(np.asarray(open_image(images, row).permute(1, 2, 0))), EXAMPLE_PIXELS)
 
 
 # --------------------------------------------------------------------------- as a Space

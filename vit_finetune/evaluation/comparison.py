@@ -52,11 +52,6 @@ class Pair(BaseModel):
     adjusted_p_value: float
     """The same with regard to how many pairs were looked at (Holm, 1979)."""
 
-    @property
-    def differs(self) -> bool:
-        """Whether chance is an unlikely explanation, at 5% over all pairs together."""
-        return self.adjusted_p_value < 0.05
-
 
 def load_answers(run: Run, name: str, split: str) -> Answers:
     """What a run's predictions say.

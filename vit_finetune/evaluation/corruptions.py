@@ -109,7 +109,6 @@ class CorruptedImages(Dataset[dict[str, Any]]):
         self, split: datasets.Dataset, image_processor: BaseImageProcessor, kind: str, strength: int
     ) -> None:
         self.images = EvaluationImages(split, image_processor)
-        self.labels = self.images.labels
         self.seeds = [zlib.crc32(f"{kind} {name}".encode()) for name in column_values(split, "id")]
         self.kind, self.strength = kind, strength
 

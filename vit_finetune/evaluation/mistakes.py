@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from vit_finetune.console import progress, warn
+from vit_finetune.data.checkup.pictures import scaled
 from vit_finetune.data.transforms import EvaluationImages
 from vit_finetune.evaluation.attention import NoMap, overlay
 from vit_finetune.evaluation.scoring import Scores
@@ -74,9 +75,5 @@ def _wrong_class(scores: Scores, row: int) -> int:
 
 
 def _save(image: Image.Image, run: Run, name: str) -> None:
-    scale = PICTURE_PIXELS / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    # Small images keep their pixels visible; large ones are averaged.
-    image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
     with written_whole(run.pictures / name) as temporary:
-        image.save(temporary, "JPEG", quality=90)
+        scaled(image, PICTURE_PIXELS).save(temporary, "JPEG", quality=90)

@@ -91,8 +91,7 @@ def load_model(
     check_divides(pretrained, new_size)
     if new_size != old_size:
         model = resize_model(model, old_size, new_size)
-    if not getattr(model.config, "image_size", None):  # a ResNet's, which takes any
-        model.config.image_size = compact_size(new_size)
+    model.config.image_size = compact_size(new_size)  # which a ResNet's does not say
     return model, build_processor(config, new_size, processor)
 
 

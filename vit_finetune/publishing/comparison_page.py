@@ -13,7 +13,7 @@ from vit_finetune.files import write_text
 from vit_finetune.publishing.figures import COLOURS, GREY, build_figure, chart_style, draw_svg
 from vit_finetune.publishing.page import page_environment
 from vit_finetune.publishing.picture import build_picture
-from vit_finetune.publishing.record import Record, duration, interval, memory, one_line, percent, pixels
+from vit_finetune.publishing.record import Record, one_line
 
 MOST_CLASSES = 40
 """With more classes, the chart of recalls shows only those in which the runs differ most."""
@@ -45,18 +45,7 @@ def build_page(
 ) -> str:
     """The page as HTML."""
     environment = page_environment()
-    environment.filters.update(
-        percent=percent,
-        interval=interval,
-        duration=duration,
-        memory=memory,
-        pixels=pixels,
-        number="{:,}".format,
-        label=_label,
-        points=_points,
-        chance=_chance,
-        rate=rounded,
-    )
+    environment.filters.update(label=_label, points=_points, chance=_chance, rate=rounded)
     runs = [
         run | dict(zip(("score_name", "score", "bounds"), score_of(run["report"])))
         for run in document["runs"]

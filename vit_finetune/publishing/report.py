@@ -16,14 +16,9 @@ from vit_finetune.publishing.record import (
     Record,
     bin_count,
     class_rows,
-    duration,
-    interval,
     load_record,
     mean_confidence,
-    memory,
     most_confused,
-    percent,
-    pixels,
     score_rows,
     worst_by_f1,
 )
@@ -47,16 +42,7 @@ def write_report(run: Run) -> Path:
 def build_report(run: Run) -> str:
     """The page; what the run did not leave is left out or said to be missing."""
     record = load_record(run)
-    environment = page_environment()
-    environment.filters.update(
-        percent=percent,
-        interval=interval,
-        duration=duration,
-        memory=memory,
-        pixels=pixels,
-        number="{:,}".format,
-    )
-    template = environment.get_template("report.html.jinja")
+    template = page_environment().get_template("report.html.jinja")
     report = record.headline
     several = multi_label_reports(record)
     return template.render(

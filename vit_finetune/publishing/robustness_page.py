@@ -14,7 +14,6 @@ from vit_finetune.files import write_text
 from vit_finetune.publishing.figures import BLUE, COLOURS, GREEN, GREY, build_figure, chart_style, draw_svg
 from vit_finetune.publishing.page import page_environment
 from vit_finetune.publishing.picture import Picture, build_picture
-from vit_finetune.publishing.record import interval, percent, pixels
 
 _LINE: Any = {"linewidth": 1.6, "marker": "o", "markersize": 4}
 
@@ -33,8 +32,6 @@ def write_robustness(page: Path, document: dict[str, Any], sheet: Image.Image | 
 
 def build_page(document: dict[str, Any], sheet: Image.Image | None) -> str:
     """The page as HTML."""
-    environment = page_environment()
-    environment.filters.update(percent=percent, interval=interval, pixels=pixels, number="{:,}".format)
     sizes, corruptions = document["image_sizes"], document["corruptions"]
     drawn = []
     if len(sizes) > 1:
@@ -43,15 +40,17 @@ def build_page(document: dict[str, Any], sheet: Image.Image | None) -> str:
             ("Images per second by image size", _draw_speed(document)),
         ]
     kinds = list(dict.fromkeys(row["kind"] for row in corruptions[1:]))
-    return environment.get_template(
-        "robustness.html.jinja"
-    ).render(
-        document=document,
-        charts=[(caption, Markup(chart)) for caption, chart in drawn],  # escaped in figures
-        corruptions=Markup(_draw_corruptions(document, kinds)) if corruptions else None,
-        rows=[(kind, [row for row in corruptions[1:] if row["kind"] == kind]) for kind in kinds],
-        plain=corruptions[0] if corruptions else None,
-        sheet=_encode(sheet) if sheet else None,
+    return (
+        page_environment()
+        .get_template("robustness.html.jinja")
+        .render(
+            document=document,
+            charts=[(caption, Markup(chart)) for caption, chart in drawn],  # escaped in figures
+            corruptions=Markup(_draw_corruptions(document, kinds)) if corruptions else None,
+            rows=[(kind, [row for row in corruptions[1:] if row["kind"] == kind]) for kind in kinds],
+            plain=corruptions[0] if corruptions else None,
+            sheet=_encode(sheet) if sheet else None,
+        )
     )
 
 

@@ -10,7 +10,6 @@ from markupsafe import Markup
 from vit_finetune.files import write_text
 from vit_finetune.publishing import charts
 from vit_finetune.publishing.page import page_environment
-from vit_finetune.publishing.record import duration
 
 
 def write_tuning_page(document: dict[str, Any], folder: Path) -> Path:
@@ -28,7 +27,7 @@ def write_tuning_page(document: dict[str, Any], folder: Path) -> Path:
 def build_page(document: dict[str, Any]) -> str:
     """The page as HTML."""
     environment = page_environment()
-    environment.filters.update(duration=duration, setting=_setting)
+    environment.filters.update(setting=_setting)
     trials = document["trials"]
     keys = list(trials[0]["settings"]) if trials else []
     drawn = [("Score by trial", charts.draw_trials(document))]

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import datasets
 import torch
+from PIL import Image
 
 from vit_finetune.data.checkup.readings import shrink
 from vit_finetune.data.images import UnreadableImage, decode_image
@@ -52,6 +53,13 @@ def open_image(dataset: datasets.Dataset, row: int) -> torch.Tensor:
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
         raise UnreadableImage("the row holds no image")
     return decode_image(read_encoded(stored))
+
+
+def scaled(image: Image.Image, longest: int) -> Image.Image:
+    """The image with a longer side of so many pixels; small ones keep their pixels visible."""
+    scale = longest / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def draw_picture(pixels: torch.Tensor) -> bytes:
