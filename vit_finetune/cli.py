@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -289,6 +289,27 @@ def demo(
             publish_space(target, space, private or None)
         else:
             serve_demo(target, host, port)
+
+    guarded(work, debug)
+
+
+@app.command()
+def export(
+    target: Target,
+    quantize: Annotated[Literal["int8"] | None, typer.Option(help="Also write a file in int8.")] = None,
+    data: Annotated[str | None, typer.Option(help="Images to compare on; a run's own if left out.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder to write; RUN/onnx if left out.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an ONNX file, measured against the model, and a script that uses it."""
+
+    def work() -> None:
+        from vit_finetune.exporting import export
+
+        facts = export(target, data, quantize, output)
+        if as_json:
+            _print_json(facts)
 
     guarded(work, debug)
 
