@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from vit_finetune.console import say, show_table, warn
@@ -20,7 +19,7 @@ from vit_finetune.evaluation.comparison import (
     load_answers,
     right_alone,
 )
-from vit_finetune.evaluation.images import own_split
+from vit_finetune.evaluation.images import own_split, spread_rows
 from vit_finetune.evaluation.speed import count_flops, measure_serving
 from vit_finetune.evaluation.target import best_device
 from vit_finetune.model.loading import load_checkpoint
@@ -149,10 +148,8 @@ def _draw(
     run: Run, split: str, answers: Sequence[Answers], alone: dict[str, list[int]]
 ) -> dict[str, list[dict[str, Any]]]:
     """By run, some of the images that it alone gets right, and what each said; pictures where the data is."""
-    spread = {name: np.linspace(0, len(rows) - 1, MOST_PICTURES).round() for name, rows in alone.items()}
     wanted = {
-        name: [rows[int(place)] for place in np.unique(spread[name])] if rows else []
-        for name, rows in alone.items()
+        name: [rows[row] for row in spread_rows(len(rows), MOST_PICTURES)] for name, rows in alone.items()
     }
     row_of: dict[str, int] = {}
     images = None
@@ -183,12 +180,6 @@ def _draw(
         ]
         for name, rows in wanted.items()
     }
-
-
-def _spread(rows: Sequence[int]) -> list[int]:
-    """A few of many rows, evenly spread: the first ones would all be of one class."""
-    places = np.linspace(0, len(rows) - 1, min(MOST_PICTURES, len(rows)))
-    return [rows[round(place)] for place in places.tolist()]
 
 
 def _show(document: dict[str, Any]) -> None:

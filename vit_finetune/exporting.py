@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from vit_finetune.console import progress, say, show_table, warn
+from vit_finetune.console import say, show_table, warn
 from vit_finetune.data.transforms import check_image_processor, normalize
+from vit_finetune.evaluation.images import spread_rows
 from vit_finetune.evaluation.parity import (
     BATCH,
     CALIBRATED_ON,
@@ -28,15 +29,16 @@ from vit_finetune.evaluation.parity import (
     answer_all,
     calibration_batches,
     compare_answers,
-    input_size,
     largest_difference,
     open_compared,
-    spread,
 )
 from vit_finetune.evaluation.scoring import probabilities_of, scoring_mode
+from vit_finetune.evaluation.speed import repeat_in_turns
 from vit_finetune.files import folder_written_whole, write_json
 from vit_finetune.hub_repos import parse_hub_id
 from vit_finetune.model.loading import load_checkpoint
+from vit_finetune.model.processing import processor_size
+from vit_finetune.publishing.comparison_page import rounded
 from vit_finetune.publishing.export import (
     FLOAT_FILE,
     INT8_FILE,
@@ -49,20 +51,17 @@ from vit_finetune.publishing.export import (
     check_packages,
     open_session,
     size_of,
-    time_in_turns,
     write_companions,
     write_int8,
     write_onnx,
 )
-from vit_finetune.publishing.record import memory
+from vit_finetune.publishing.record import interval, memory, percent
 from vit_finetune.run import Run, RunError
 from vit_finetune.training.hardware import describe_hardware
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-TIMED_SECONDS = 4.0
-"""How long each batch size is timed of everything that answers."""
 SCRIPT_IMAGES = 32
 """Images that the script is tried on."""
 MOST_LEVELS = 2.5
@@ -95,15 +94,15 @@ def export(
     model, image_processor = load_checkpoint(str(run.model if run.exists() else target))
     check_image_processor(image_processor)
     images = open_compared(str(target), data, model, image_processor, quantize is not None)
-    size, threads = input_size(image_processor), torch.get_num_threads()
+    size, threads = processor_size(image_processor), torch.get_num_threads()
     with folder_written_whole(folder) as made:
         say(f"{FLOAT_FILE}: {type(model).__name__}, {size[0]}×{size[1]} pixels, opset {OPSET}")
         write_onnx(model, size, made / FLOAT_FILE)
         write_companions(model, image_processor, made)
         sessions = {FLOAT_FILE: open_session(made / FLOAT_FILE, threads)}
         _check_batches(model, sessions[FLOAT_FILE], size)
-        if quantize is not None:
-            batches = calibration_batches(images, image_processor, f"{INT8_FILE}: calibrating")
+        if images.calibration is not None:
+            batches = calibration_batches(images.calibration, image_processor, f"{INT8_FILE}: calibrating")
             write_int8(made / FLOAT_FILE, made / INT8_FILE, batches)
             sessions[INT8_FILE] = open_session(made / INT8_FILE, threads)
         answers = _answers(model, sessions)
@@ -190,20 +189,24 @@ def _try_script(
         RunError: the image processor does something that the script does not know of.
     """
     script = runpy.run_path(str(made / SCRIPT))
-    rows = spread(len(expected), SCRIPT_IMAGES)
+    rows = spread_rows(len(expected), SCRIPT_IMAGES)
     ours = np.stack([script["read_pixels"](io.BytesIO(images.encoded(row))) for row in rows])
     theirs = torch.stack([images.items[row]["pixel_values"] for row in rows])
     prepared = normalize(theirs, image_processor).numpy()  # (images, 3, H, W), as ours
-    level = image_processor.rescale_factor / min(image_processor.image_std)  # one of 255, normalised
-    levels = float(np.abs(ours - prepared).max()) / level if ours.shape == prepared.shape else np.inf
+    level = image_processor.rescale_factor / np.reshape(image_processor.image_std, (3, 1, 1))  # 1 of 255
+    levels = float((np.abs(ours - prepared) / level).max()) if ours.shape == prepared.shape else np.inf
     if not levels <= MOST_LEVELS:
         raise RunError(
             f"{SCRIPT} cannot prepare images as the model's {type(image_processor).__name__} does: pixels "
             f"are off by {levels:.0f} of 255. Expected one that fits images to a size, or their shorter "
             f"side and crops the middle, and normalises them. Nothing was written"
         )
-    found = script["classify"](open_session(made / FLOAT_FILE, torch.get_num_threads()), ours)
-    difference = float(np.abs(found - probabilities_of(expected[rows], model)).max())
+    session = open_session(made / FLOAT_FILE, torch.get_num_threads())
+    scored = probabilities_of(expected[rows], model)
+    _check_same(
+        float(np.abs(script["classify"](session, prepared) - scored).max()), f"{SCRIPT}'s images", model
+    )
+    difference = float(np.abs(script["classify"](session, ours) - scored).max())
     return {"num_images": len(rows), "largest_difference": difference, "pixel_levels": round(levels, 2)}
 
 
@@ -211,16 +214,16 @@ def _time(
     answers: Answers, images: ComparedImages, model: PreTrainedModel, image_processor: BaseImageProcessor
 ) -> dict[str, dict[str, float]]:
     """Images per second of all that answer, by name and batch size; from pixels to logits."""
-    first = torch.stack([images.items[row]["pixel_values"] for row in spread(len(images.items), BATCH)])
+    first = torch.stack([images.items[row]["pixel_values"] for row in spread_rows(len(images.items), BATCH)])
     pixel_values = normalize(first, image_processor)
     pixel_values = pixel_values.repeat(-(-BATCH // len(pixel_values)), 1, 1, 1)[:BATCH]
     speeds: dict[str, dict[str, float]] = {name: {} for name in answers}
-    with scoring_mode(model), progress("timing", 2, "batch sizes") as advance:
-        for batch in (1, BATCH):
-            work = {name: partial(compute, pixel_values[:batch]) for name, compute in answers.items()}
-            for name, seconds in time_in_turns(work, TIMED_SECONDS).items():
-                speeds[name][str(batch)] = round(batch / seconds, 2)
-            advance()
+    for batch in (1, BATCH):
+        work = {name: partial(compute, pixel_values[:batch]) for name, compute in answers.items()}
+        with scoring_mode(model):
+            rates = repeat_in_turns(work, f"timing, {batch} at a time")
+        for name, rate in rates.items():
+            speeds[name][str(batch)] = round(batch * rate, 2)
     return speeds
 
 
@@ -248,31 +251,27 @@ def _describe(
 
 def _show(facts: dict[str, Any], folder: Path) -> None:
     models = facts["models"]
+    files = {name: found for name, found in models.items() if name != MODEL}
     score = next((name for name in ("accuracy", "exact_match") if name in models[MODEL]), None)
-    columns = ["", *([score.replace("_", " "), "95% interval"] if score else [])]
-    columns += ["off by", "other answers", "size", "images/s one by one", f"{BATCH} at once"]
     rows = []
-    for name, found in models.items():
-        row = [name]
-        if score:
-            low, high = found[f"{score}_interval"]
-            row += [f"{found[score]:.4f}", f"{low:.4f}–{high:.4f}"]
-        row += (
-            ["", "", ""]
-            if name == MODEL
-            else [
-                f"{found['largest_difference']:.0e}",
-                f"{found['changed_predictions']:,}",
-                memory(found["bytes"]),
-            ]
-        )
-        row += [f"{speed:,.0f}" for speed in found["images_per_second"].values()]
-        rows.append(row)
+    if score:
+        scores = [(found[score], found[f"{score}_interval"]) for found in models.values()]
+        told = [f"{percent(value)}  [{interval(bounds)}]" for value, bounds in scores]
+        rows.append([score.replace("_", " "), *told])
+    rows += [
+        ["a probability is off by", "", *(f"{found['largest_difference']:.0e}" for found in files.values())],
+        ["other answers", "", *(f"{found['changed_predictions']:,}" for found in files.values())],
+        ["size", "", *(memory(found["bytes"]) for found in files.values())],
+    ]
+    for batch in models[MODEL]["images_per_second"]:
+        speeds = [rounded(found["images_per_second"][batch]) for found in models.values()]
+        rows.append([f"images/s, {batch} at a time", *speeds])
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
-    show_table(f"{facts['num_images']:,} images: {facts['compared_on']}; {threads}", columns, rows)
+    title = f"{facts['num_images']:,} images: {facts['compared_on']}; {threads}"
+    show_table(title, ["", *models], rows)
     if score is None:
         say("without images nothing is said about accuracy; say which with --data PATH")
     elif INT8_FILE in models and (lost := models[MODEL][score] - models[INT8_FILE][score]) > MOST_LOST:
         warn(f"int8 costs {100 * lost:.1f} points of {score.replace('_', ' ')} here")
     say(f"written: {folder}")
-    say(f"next: python {shlex.quote(str(folder / SCRIPT))} IMAGE…")
+    say(f"next: python {shlex.quote(str(folder / SCRIPT))} {shlex.quote(str(folder / FLOAT_FILE))} IMAGE…")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import datasets
+import numpy as np
 
 from vit_finetune.data.sources.hub import is_hub_id
 from vit_finetune.data.sources.labels import is_multi_label, label_names
@@ -100,3 +101,9 @@ def check_labels(known: Sequence[str], images: datasets.Dataset, where: str) -> 
             + (f" The data lacks {', '.join(map(repr, absent[:10]))}." if absent else "")
             + " Expected the same class names"
         )
+
+
+def spread_rows(total: int, most: int) -> list[int]:
+    """Up to `most` of `total` rows, evenly spread: the first ones would often be of one class."""
+    rows: list[int] = np.linspace(0, total - 1, min(most, total)).astype(int).tolist()
+    return rows

@@ -15,19 +15,17 @@ from torch.utils.data import DataLoader, Subset
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from vit_finetune.console import progress
-from vit_finetune.data.checkup.checkup import leave_out_unreadable
 from vit_finetune.data.images import decode_image
 from vit_finetune.data.sources.folders import ALL
-from vit_finetune.data.sources.labels import multi_hot, with_labels
-from vit_finetune.data.sources.source import load_source
+from vit_finetune.data.sources.labels import multi_hot
 from vit_finetune.data.sources.webdataset import read_encoded
 from vit_finetune.data.transforms import EvaluationImages, collate, normalize, resize
-from vit_finetune.evaluation.images import check_labels, other_data, own_split, take_split
+from vit_finetune.evaluation.images import spread_rows
 from vit_finetune.evaluation.multi_label import read_thresholds
 from vit_finetune.evaluation.scoring import probabilities_of, scoring_mode
-from vit_finetune.hub_repos import quiet_client
+from vit_finetune.evaluation.target import open_images
 from vit_finetune.model.loading import is_multi_label
-from vit_finetune.recipe import load_recipe
+from vit_finetune.model.processing import processor_size
 from vit_finetune.run import Run, RunError, wilson_interval
 
 MODEL = "torch"
@@ -58,7 +56,7 @@ class ComparedImages:
 
     None of random pixels."""
     calibration: datasets.Dataset | None = None
-    """Other images than these, for the ranges of int8."""
+    """The validation images of the same source, for the ranges of int8."""
 
 
 def open_compared(
@@ -68,7 +66,7 @@ def open_compared(
     image_processor: BaseImageProcessor,
     calibrated: bool,
 ) -> ComparedImages:
-    """The run's test split, or those of other images; of a model without images random pixels.
+    """The run's test split, or that of other images; of a model without images random pixels.
 
     Args:
         target: a run, a model folder or a Hub id, as a person named it.
@@ -80,53 +78,36 @@ def open_compared(
     Raises:
         RunError: images that are not there, have changed or have other classes; no validation images.
     """
-    run = Run(target)
-    own = load_recipe(run.recipe).data if run.exists() else None
-    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    several = is_multi_label(model)
-    splits: Mapping[str, datasets.Dataset] = {}
-    if data is not None:
-        other = other_data(own, data, labels if several else None)
-        with quiet_client():
-            splits = leave_out_unreadable(load_source(other), other).splits
-        name = ALL if list(splits) == [ALL] else "test"
-        split = take_split(splits, name, data)
-        source = "all images of --data" if name == ALL else "the test images of --data"
-    elif run.exists():
-        split, source = own_split(run, "test"), "the run's test split"
-    elif calibrated:
-        raise RunError(
-            f"{target} is a model, not a run: --quantize needs images to find the ranges of int8 on, and "
-            f"others to compare on. Say which with --data PATH, a source with validation and test images"
-        )
-    else:
+    if data is None and not Run(target).exists():
+        if calibrated:
+            raise RunError(
+                f"{target} is a model, not a run: --quantize needs validation images to find the ranges of "
+                f"int8 on, and test images to compare on. Say which with --data PATH"
+            )
         return _random_images(image_processor)
-    check_labels(labels, split, data or target)
-    items = EvaluationImages(with_labels(split, labels), image_processor)
+    found = open_images(target, data, ["test", "validation"] if calibrated else ["test"], model)
+    if calibrated and ALL in found:
+        raise RunError(
+            f"{data}: there are no splits; --quantize finds the ranges of int8 on validation images, which "
+            f"must not be those that are compared. Expected folders validation/ and test/"
+        )
+    whose = "the run's test split" if data is None else "the test images of --data"
+    split = found.get("test") or found[ALL]
+    items = EvaluationImages(split, image_processor)
     return ComparedImages(
         items,
         lambda row: read_encoded(items.files.images[row]["image"]),
-        source,
-        multi_hot(items.labels, len(labels)) if several else np.asarray(items.labels),
-        _validation(run, target, splits) if calibrated else None,
+        "all images of --data" if ALL in found else whose,
+        multi_hot(items.labels, model.config.num_labels)
+        if is_multi_label(model)
+        else np.asarray(items.labels),
+        found.get("validation"),
     )
-
-
-def _validation(run: Run, target: str, splits: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
-    """The validation images of `--data` where it has them, else the run's; never those that are compared."""
-    if "validation" in splits:
-        return splits["validation"]
-    if not run.exists():
-        raise RunError(
-            f"{target} is a model, not a run, and --data has no validation images, which --quantize needs to "
-            f"find the ranges of int8 on. Expected a source with validation and test images"
-        )
-    return own_split(run, "validation")
 
 
 def _random_images(image_processor: BaseImageProcessor) -> ComparedImages:
     """Noise, of another size than the model's, so that fitting it to the model is compared too."""
-    height, width = input_size(image_processor)
+    height, width = processor_size(image_processor)
     generator = np.random.default_rng(0)
     files = []
     for _ in range(RANDOM_IMAGES):
@@ -138,25 +119,12 @@ def _random_images(image_processor: BaseImageProcessor) -> ComparedImages:
     return ComparedImages(items, files.__getitem__, "random pixels", None)
 
 
-def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width in pixels of what an image processor makes of any image."""
-    height, width = resize(torch.zeros(3, 50, 70, dtype=torch.uint8), image_processor).shape[-2:]
-    return height, width
-
-
-def spread(total: int, most: int) -> list[int]:
-    """Up to `most` of `total` rows, evenly spread."""
-    rows: list[int] = np.linspace(0, total - 1, min(most, total)).astype(int).tolist()
-    return rows
-
-
 def calibration_batches(
-    images: ComparedImages, image_processor: BaseImageProcessor, description: str
+    images: datasets.Dataset, image_processor: BaseImageProcessor, description: str
 ) -> Iterator[np.ndarray]:
-    """Up to 256 images to calibrate on, spread over the split, float32 `(batch, 3, height, width)`."""
-    assert images.calibration is not None
-    items = EvaluationImages(images.calibration, image_processor)
-    rows = spread(len(items), CALIBRATED_ON)
+    """Up to 256 images to calibrate on, spread over a split, float32 `(batch, 3, height, width)`."""
+    items = EvaluationImages(images, image_processor)
+    rows = spread_rows(len(items), CALIBRATED_ON)
     loader = DataLoader(Subset(items, rows), batch_size=BATCH, collate_fn=collate)
     with progress(description, len(rows), "images") as advance:
         for batch in loader:

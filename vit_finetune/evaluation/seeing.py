@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -27,6 +26,7 @@ from vit_finetune.evaluation.attention import (
     patch_size_of,
     reads_class_token,
 )
+from vit_finetune.evaluation.images import spread_rows
 
 SAMPLE = 16
 """Images over which distances are averaged at the end of a run: from one to the next they differ little."""
@@ -124,7 +124,7 @@ def measure_seeing(
         As `describe_seeing`; of a model without global attention the method alone.
     """
     images = EvaluationImages(split, image_processor)
-    rows = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int)).tolist()
+    rows = spread_rows(len(images), SAMPLE)
     distances: list[torch.Tensor] = []
     size = (0, 0)
     with progress("measuring attention", len(rows), "images") as advance:

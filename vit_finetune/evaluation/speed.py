@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,22 +50,36 @@ def measure_serving(
         models: by name, with height and width of its images in pixels; all on one device.
         batch_size: images at a time.
     """
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    with progress(f"timing, {batch_size} at a time", ROUNDS * len(models), "turns") as advance:
+
+    def answering(model: PreTrainedModel, size: tuple[int, int]) -> Callable[[], object]:
+        pixel_values = torch.zeros(batch_size, 3, *size, device=model.device)  # (B, 3, H, W)
+
+        return lambda: model(pixel_values=pixel_values).logits.cpu()  # which waits for an accelerator
+
+    work = {name: answering(*model) for name, model in models.items()}
+    with ExitStack() as stack:
+        for model, _ in models.values():
+            stack.enter_context(scoring_mode(model))
+        rates = repeat_in_turns(work, f"timing, {batch_size} at a time")
+    return {name: rate * batch_size for name, rate in rates.items()}
+
+
+def repeat_in_turns(work: Mapping[str, Callable[[], object]], description: str) -> dict[str, float]:
+    """How often per second each piece of work is done, as a median over rounds in which they take turns.
+
+    Args:
+        work: what to do, by name.
+        description: what is said while it lasts.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    with progress(description, ROUNDS * len(work), "turns") as advance:
         for number in range(ROUNDS + 1):
-            for name, (model, size) in models.items():
-                rate = _time(model, size, batch_size, SECONDS if number else 0)
+            for name, do in work.items():
+                count, start = 0, time.perf_counter()
+                while not count or (number and time.perf_counter() - start < SECONDS):
+                    do()
+                    count += 1
                 if number:  # the round before the first one warms up
-                    rates[name].append(rate)
+                    rates[name].append(count / (time.perf_counter() - start))
                     advance()
     return {name: statistics.median(measured) for name, measured in rates.items()}
-
-
-def _time(model: PreTrainedModel, size: tuple[int, int], batch_size: int, seconds: float) -> float:
-    pixel_values = torch.zeros(batch_size, 3, *size, device=model.device)  # (B, 3, H, W)
-    count, start = 0, time.perf_counter()
-    with scoring_mode(model):
-        while not count or time.perf_counter() - start < seconds:
-            model(pixel_values=pixel_values).logits.cpu()  # which waits for an accelerator
-            count += 1
-    return count * batch_size / (time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,28 +49,42 @@ def open_target(
     """
     run = Run(target)
     if run.exists():
-        recipe = load_recipe(run.recipe)
-        own, config = recipe.data, config or recipe.evaluation
-        model, image_processor = load_checkpoint(str(run.model))
-    else:
-        own = None
-        model, image_processor = load_checkpoint(str(target))
+        config = config or load_recipe(run.recipe).evaluation
+    model, image_processor = load_checkpoint(str(run.model if run.exists() else target))
+    [(split, images)] = open_images(target, data, [split], model).items()
+    return Target(model.to(best_device()), image_processor, images, split, config or EvaluationConfig())
+
+
+def open_images(
+    target: str | Path, data: str | None, splits: Sequence[str], model: PreTrainedModel
+) -> dict[str, datasets.Dataset]:
+    """Images by the name of their split: columns id, image and label, whose ids are the model's.
+
+    Args:
+        target: whose images, as for `open_target`.
+        data: a data source; the run's own if None. One without splits is given whole, as `all`, alone.
+        splits: of train, validation and test those that are wanted.
+        model: that `target` is.
+
+    Raises:
+        RunError: no such split, images of a run that have changed, or classes that are not the model's.
+    """
+    run = Run(target)
     labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    if data is None:
-        if own is None:
-            raise RunError(
-                f"{target} is a model, not a run: say which images to score it on with --data PATH"
-            )
-        images = own_split(run, split)
-    else:
+    if data is not None:
+        own = load_recipe(run.recipe).data if run.exists() else None
         other = other_data(own, data, labels if is_multi_label(model) else None)
         with quiet_client():
-            splits = leave_out_unreadable(load_source(other), other).splits
-        split = ALL if list(splits) == [ALL] else split
-        images = take_split(splits, split, data)
-    check_labels(labels, images, data or str(target))
-    images = with_labels(images, labels)
-    return Target(model.to(best_device()), image_processor, images, split, config or EvaluationConfig())
+            found = leave_out_unreadable(load_source(other), other).splits
+        wanted = [ALL] if list(found) == [ALL] else splits
+        images = {split: take_split(found, split, data) for split in wanted}
+    elif run.exists():
+        images = {split: own_split(run, split) for split in splits}
+    else:
+        raise RunError(f"{target} is a model, not a run: say which images to score it on with --data PATH")
+    for one in images.values():
+        check_labels(labels, one, data or str(target))
+    return {split: with_labels(one, labels) for split, one in images.items()}
 
 
 def best_device() -> torch.device:

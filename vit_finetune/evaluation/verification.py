@@ -19,6 +19,7 @@ from vit_finetune.data.sources.columns import column_values
 from vit_finetune.data.sources.folders import first_of
 from vit_finetune.data.sources.labels import multi_hot
 from vit_finetune.data.transforms import ImageFiles
+from vit_finetune.evaluation.images import spread_rows
 from vit_finetune.evaluation.multi_label import compare_labels
 from vit_finetune.evaluation.scoring import compute_label_metrics
 from vit_finetune.evaluation.target import best_device
@@ -62,9 +63,7 @@ def verify_scores(model: Path, split: datasets.Dataset, run: Run, whole: bool) -
     ids = column_values(split, "id")
     if len(ids) != len(scored) or any(identity not in scored for identity in ids):
         raise RunError(f"{run.path}: the test images are not those of its predictions")
-    rows = (
-        range(len(ids)) if whole else np.linspace(0, len(ids) - 1, min(SAMPLE, len(ids))).astype(int).tolist()
-    )
+    rows = spread_rows(len(ids), len(ids) if whole else SAMPLE)
     found = _classify(model, split, rows, report.labels)  # (images, classes)
     expected = np.stack([scored[ids[row]] for row in rows])
     differences = np.abs(found - expected).max(axis=1)

@@ -36,6 +36,7 @@ from vit_finetune.model.processing import (
     compact_size,
     processor_size,
     read_processor,
+    set_image_size,
     side_lengths,
 )
 from vit_finetune.model.resolution import check_divides, resize_model
@@ -91,7 +92,7 @@ def load_model(
     check_divides(pretrained, new_size)
     if new_size != old_size:
         model = resize_model(model, old_size, new_size)
-    model.config.image_size = compact_size(new_size)  # which a ResNet's does not say
+    set_image_size(model.config, new_size)  # which a ResNet's does not say
     return model, build_processor(config, new_size, processor)
 
 
@@ -211,7 +212,7 @@ def _build_config(config: ModelConfig, labels: Sequence[str], multi_label: bool)
         raise RunError(f"model.config: hidden_size={width} is not a multiple of the {heads} attention heads")
     size = side_lengths(getattr(built, "image_size", None) or 224)
     check_divides(built, size)
-    built.image_size = compact_size(size)
+    set_image_size(built, size)
     _set_labels(built, labels, multi_label)
     return built
 

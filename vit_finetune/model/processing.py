@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BaseImageProcessor,
+    BitImageProcessor,
+    PreTrainedConfig,
+    ViTImageProcessor,
+)
 
 from vit_finetune.recipe import ModelConfig
 from vit_finetune.run import RunError
@@ -23,6 +29,12 @@ def side_lengths(size: Any) -> tuple[int, int]:
 def compact_size(size: tuple[int, int]) -> int | list[int]:
     """Height and width in pixels as a config writes them: one number where they are equal."""
     return size[0] if size[0] == size[1] else list(size)
+
+
+def set_image_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
+    """Writes height and width into a config in its own form: Hiera's is always a pair."""
+    pair = isinstance(getattr(config, "image_size", None), (list, tuple))
+    config.image_size = list(size) if pair else compact_size(size)
 
 
 def read_processor(path: str) -> BaseImageProcessor:

@@ -8,7 +8,7 @@ import re
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vit_finetune.model.processing import compact_size, side_lengths
+from vit_finetune.model.processing import compact_size, set_image_size, side_lengths
 from vit_finetune.run import RunError
 
 
@@ -30,7 +30,7 @@ def check_divides(config: PreTrainedConfig, size: tuple[int, int]) -> None:
 def resize_model(model: PreTrainedModel, old: tuple[int, int], new: tuple[int, int]) -> PreTrainedModel:
     """The same weights in a model of another image size."""
     config = copy.deepcopy(model.config)
-    config.image_size = compact_size(new)
+    set_image_size(config, new)
     patch = getattr(config, "patch_size", None)
     state = model.state_dict()
     if patch is not None:

@@ -9,19 +9,16 @@ import importlib.util
 import logging
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from vit_finetune.files import is_disk_full
 from vit_finetune.run import RunError
 
 if TYPE_CHECKING:
@@ -37,9 +34,7 @@ OPSET = 18
 1.14 (February 2023) reads it, the one for browsers too."""
 TOLERANCE = 1e-4
 """Largest difference of a probability with which a file counts as the same model."""
-INT8_METHOD = "static, per channel, ranges by minimum and maximum"
-QUANTIZED = ["Conv", "MatMul", "Gemm"]
-"""Operators that become int8: all that multiply weights. Softmax, layer norm, GELU and sums stay in float."""
+INT8_METHOD = "weights per channel; inputs of convolutions by calibration, of linear layers as they come"
 
 
 def check_packages() -> None:
@@ -67,7 +62,8 @@ class _Logits(nn.Module):
 def write_onnx(model: PreTrainedModel, size: tuple[int, int], path: Path) -> None:
     """Writes a model as ONNX: `pixel_values` float32 `(batch, 3, H, W)` → `logits` `(batch, classes)`.
 
-    The batch is free, height and width are the model's. Weights above 2 GB lie in a file beside.
+    The batch is free, height and width are the model's. Weights above 2 GB lie in a file beside. By torch
+    itself: transformers' exporter calls the same, answers no better and is marked experimental.
 
     Args:
         model: in float32 on the CPU, without adapters.
@@ -80,27 +76,27 @@ def write_onnx(model: PreTrainedModel, size: tuple[int, int], path: Path) -> Non
     import onnx
 
     examples = torch.zeros(2, 3, *size)  # torch takes a dimension of 1 for a fixed one
-    kind = model.config.model_type
+    classifier = _Logits(model).eval()  # a new module is in training mode, whatever it holds
     try:
-        with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                _Logits(model).eval(),  # a new module is in training mode, whatever it holds
-                (examples,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                opset_version=OPSET,
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
-                verbose=False,
-            )
+        with torch.no_grad():
+            classifier(examples)  # what LeViT computes the first time and keeps, it must not keep a trace of
+            with _quiet("torch.onnx", "onnxscript"):
+                program = torch.onnx.export(
+                    classifier,
+                    (examples,),
+                    input_names=[INPUT],
+                    output_names=[OUTPUT],
+                    opset_version=OPSET,
+                    dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                    verbose=False,
+                )
             assert program is not None
             program.save(str(path))
             onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:
-        if is_disk_full(error):
-            raise
+    except (torch.onnx.OnnxExporterError, onnx.checker.ValidationError) as error:
         raise RunError(
-            f"{kind} models cannot be exported with torch {version('torch')}: {_reason(error)}. "
-            f"Nothing was written"
+            f"{model.config.model_type} models cannot be exported with torch {version('torch')}: "
+            f"{_reason(error)}. Nothing was written"
         ) from error
 
 
@@ -113,11 +109,9 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log lines of libraries that translate and quantise; what matters of them are exceptions."""
-    loggers = [
-        logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript", "onnx_ir", "onnxruntime")
-    ]
+def _quiet(*names: str) -> Iterator[None]:
+    """Without the warnings of these loggers: advice to who works on an exporter, not to who uses one."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [one.level for one in loggers]
     for one in loggers:
         one.setLevel(logging.ERROR)
@@ -161,51 +155,41 @@ class _Feed:
 
 
 def write_int8(source: Path, path: Path, batches: Iterable[np.ndarray]) -> None:
-    """Writes an ONNX file with weights and inputs of its products as 8-bit integers.
+    """Writes an ONNX file with weights and inputs of convolutions and linear layers as 8-bit integers.
+
+    Of convolutions the range of inputs is found on images beforehand. Of linear layers it is taken anew from
+    every batch: what flows through a transformer has outliers, for which a range fixed once is too wide, and
+    the measuring costs less than the products. Products of attention, of which neither side is a weight,
+    softmax, layer norm and sums stay in float.
 
     Args:
         source: the file in float.
         path: of the file to write.
         batches: images to calibrate on, each float32 `(batch, 3, height, width)`.
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory(prefix="vit-finetune-") as scratch, _quiet():
-        prepared = Path(scratch) / "prepared.onnx"
+    with tempfile.TemporaryDirectory(prefix="vit-finetune-") as scratch, _quiet("root"):
+        prepared, convolved = Path(scratch) / "prepared.onnx", Path(scratch) / "convolved.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
-            path,
+            convolved,
             _Feed(batches),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTIZED,
+            op_types_to_quantize=["Conv"],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
         )
-
-
-def time_in_turns(work: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Seconds that each piece of work takes, by name: the median.
-
-    They take turns, so that what else the machine does slows all of them.
-
-    Args:
-        work: what to do, by name.
-        seconds: how long to go on with each, at least three times.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in work}
-    for do in work.values():
-        do()  # the first time is not like the others
-    end = time.perf_counter() + seconds * len(work)
-    while time.perf_counter() < end or min(map(len, taken.values())) < 3:
-        for name, do in work.items():
-            begin = time.perf_counter()
-            do()
-            taken[name].append(time.perf_counter() - begin)
-    return {name: median(values) for name, values in taken.items()}
+        quantize_dynamic(
+            convolved,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def size_of(path: Path) -> int:
