@@ -140,6 +140,31 @@ def test_the_commands_about_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+def anchors(page: Path) -> set[str]:
+    """The places of a page that a link can name, made of its headings as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "recipes" / "README.md"]
+    count = 0
+    for page in pages:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            other = (page.parent / path).resolve() if path else page
+            assert other.exists(), f"{page.name}: there is no {target}"
+            assert not anchor or anchor in anchors(other), f"{page.name}: {target}"
+            count += 1
+    assert count > 60
+    listed = {path.name for path in (ROOT / "docs").glob("*.md") if f"(docs/{path.name})" in README}
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}  # the README knows every page
+
+
 def test_every_verb_of_the_readme_exists() -> None:
     listed = list(dict.fromkeys(re.findall(r"^\| `vit-finetune ([\w-]+)", README, re.MULTILINE)))
     from vit_finetune.cli import app
