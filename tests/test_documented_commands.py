@@ -119,9 +119,9 @@ def hurried(words: list[str], number: int) -> list[str]:
     if words[0] not in ("train", "tune"):
         return words
     short = [*words, "training.num_train_epochs=1"]
-    if not any(word.startswith("training.output_dir=") or word.endswith(".yaml") for word in words):
-        if "digits" not in words:
-            short.append(f"training.output_dir=runs/told-{number}")
+    named = any(word.startswith("training.output_dir=") or word.endswith(".yaml") for word in words)
+    if not named and "digits" not in words:  # the walkthrough goes on with runs/digits
+        short.append(f"training.output_dir=runs/told-{number}")
     return [*short, "--trials", "2"] if words[0] == "tune" else short
 
 
