@@ -42,6 +42,7 @@ LEFT = {
         "vit-finetune push": README_TEST,
     },
     "checkup.md": {"vit-finetune check RECIPE": SYNOPSIS},
+    "choosing.md": {"vit-finetune train RECIPE": SYNOPSIS},
     "data.md": {"python scripts/bench_listing.py": BENCHMARK},
     "demo.md": {"vit-finetune demo": SERVER},
     "performance.md": {".venv/bin/python scripts/bench_": BENCHMARK},
