@@ -87,6 +87,7 @@ sys.exit(code)
 
 HASTE = f"""{ONLINE}{QUICK}
 from vit_finetune.evaluation import speed
+assert speed.ROUNDS and speed.SECONDS
 speed.ROUNDS, speed.SECONDS = 1, 0.001
 """
 """Source to run before: a Hub is to be found, and nothing is timed for longer than it has to be."""
