@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY_VIT, draw_folder
+from fork_server import ONLINE, ForkServer
 from loopback_hub import LoopbackHub
 
 from vit_finetune.recipe import build_recipe, bundled_recipes, load_recipe
@@ -67,7 +68,7 @@ def readers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.hub
-def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub) -> None:
+def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub, forks: ForkServer) -> None:
     shell = "".join(blocks("bash"))
     commands = [line.split(" #")[0].strip() for line in shell.splitlines() if line.startswith("vit-finetune")]
     assert [shlex.split(command)[1] for command in commands] == [
@@ -80,10 +81,11 @@ def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub) -> None
         "evaluate",
     ]
     reader = hub.environment(hub.token("you"), readers_place / "home")
-    for command in commands:
-        words = [sys.executable, "-m", "vit_finetune", *shlex.split(command)[1:]]
-        result = subprocess.run(words, env=reader, capture_output=True, text=True)
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    there = f"{ONLINE}\nimport os\nos.chdir({str(readers_place)!r})\n"
+    for number, command in enumerate(commands):
+        folder = readers_place / "said" / str(number)
+        child = forks.start(folder, *shlex.split(command)[1:], before=there, **reader)
+        assert child.wait() == 0, f"{command}\n{child.stderr}"
     assert (readers_place / "runs" / "photos" / "report.html").is_file()
     # Then the Python blocks: the pipeline of the run that is there, and the whole from Python in another folder.
     pipeline_block, whole_block = blocks("python")
