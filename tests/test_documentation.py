@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY_VIT, draw_folder
+from fork_server import ONLINE, ForkServer
 from loopback_hub import LoopbackHub
 
 from vit_finetune.recipe import build_recipe, bundled_recipes, load_recipe
@@ -67,7 +68,7 @@ def readers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.hub
-def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub) -> None:
+def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub, forks: ForkServer) -> None:
     shell = "".join(blocks("bash"))
     commands = [line.split(" #")[0].strip() for line in shell.splitlines() if line.startswith("vit-finetune")]
     assert [shlex.split(command)[1] for command in commands] == [
@@ -80,10 +81,11 @@ def test_the_readmes_commands_run(readers_place: Path, hub: LoopbackHub) -> None
         "evaluate",
     ]
     reader = hub.environment(hub.token("you"), readers_place / "home")
-    for command in commands:
-        words = [sys.executable, "-m", "vit_finetune", *shlex.split(command)[1:]]
-        result = subprocess.run(words, env=reader, capture_output=True, text=True)
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    there = f"{ONLINE}\nimport os\nos.chdir({str(readers_place)!r})\n"
+    for number, command in enumerate(commands):
+        folder = readers_place / "said" / str(number)
+        child = forks.start(folder, *shlex.split(command)[1:], before=there, **reader)
+        assert child.wait() == 0, f"{command}\n{child.stderr}"
     assert (readers_place / "runs" / "photos" / "report.html").is_file()
     # Then the Python blocks: the pipeline of the run that is there, and the whole from Python in another folder.
     pipeline_block, whole_block = blocks("python")
@@ -138,6 +140,31 @@ def test_the_commands_about_the_page_are_valid(monkeypatch: pytest.MonkeyPatch) 
         ("you/photos", "you/photos-page", None),
         ("you/photos", "you/photos-page", True),
     ]
+
+
+def anchors(page: Path) -> set[str]:
+    """The places of a page that a link can name, made of its headings as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "recipes" / "README.md"]
+    count = 0
+    for page in pages:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            other = (page.parent / path).resolve() if path else page
+            assert other.exists(), f"{page.name}: there is no {target}"
+            assert not anchor or anchor in anchors(other), f"{page.name}: {target}"
+            count += 1
+    assert count > 60
+    listed = {path.name for path in (ROOT / "docs").glob("*.md") if f"(docs/{path.name})" in README}
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}  # the README knows every page
 
 
 def test_every_verb_of_the_readme_exists() -> None:
