@@ -145,7 +145,6 @@ def test_digits_whole_test_split(tmp_path: Path) -> None:
     """1e-4 of every probability that the run was scored with, on all 359 images; int8 within 1 point."""
     training = [
         f"training.output_dir={tmp_path / 'run'}",
-        "training.num_train_epochs=12",
         "training.use_cpu=true",
     ]
     run = finetune(load_recipe("digits", training))
