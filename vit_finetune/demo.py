@@ -59,8 +59,14 @@ footer { display: none !important }
     grid-auto-rows: auto !important;
     height: auto !important;
 }
+#photo img {
+    width: 100%;
+    min-height: 12rem;
+    object-fit: contain;
+}
 """
-"""Pictures of a class are small ones side by side, however few there are and however narrow the page is."""
+"""Pictures of a class are small ones side by side, however few there are and however narrow the page is; what
+was dropped is seen, however few pixels it has."""
 
 Pictures = Callable[[int], Sequence[Image.Image]]
 """Small pictures of a class, by its id."""
