@@ -258,6 +258,17 @@ def test_a_model_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     assert f"{tmp_path / 'nothing'}: no such model folder" in done.stderr
 
 
+def test_a_run_without_a_model_is_not_sought_on_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `photos/model` would be the id of somebody's repository."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir(exist_ok=True)
+    Path("photos", "recipe.yaml").write_text("data: {path: digits}")
+    done = say("predict", "photos", folder)
+    assert done.exit_code == 1 and "photos: the run has no model yet" in done.stderr
+
+
 # --------------------------------------------------------------------------- the output folder
 
 

@@ -160,7 +160,12 @@ def test_the_page_fits_a_phone_and_works_from_the_keyboard(
 ) -> None:
     one, two = copy(trained, tmp_path / "one"), copy(trained, tmp_path / "two-with-a-rather-long-name")
     answer(one, {0, 1, 2, 3})
-    compare([one.path, two.path], tmp_path / "page.html")
+    compare([one.path, two.path, copy(trained, tmp_path / "three").path], tmp_path / "page.html")
+    desk = browser.new_page(viewport={"width": 1200, "height": 900})
+    desk.goto((tmp_path / "page.html").as_uri())
+    pairs = "document.querySelector('#differences .scroll')"
+    assert desk.evaluate(f"{pairs}.scrollWidth <= {pairs}.clientWidth"), "the last number is cut off"
+    desk.close()
     tab = browser.new_page(viewport={"width": 390, "height": 844}, java_script_enabled=True)
     tab.goto((tmp_path / "page.html").as_uri())
     assert tab.evaluate("document.documentElement.scrollWidth") == 390

@@ -279,6 +279,14 @@ def test_every_block_is_run_or_left_with_a_reason() -> None:
         assert any(not is_left(page, block) for page in PAGES if page.name == name for block in blocks(page))
 
 
+def test_every_table_has_a_head() -> None:
+    """Rows after an empty line are no table for whoever reads the page: they run together into one line."""
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for table in re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE):
+            assert re.match(r"\|.*\n\|[-| :]+\|\n", table), f"{page.name}:\n{table}"
+
+
 @pytest.mark.slow
 @pytest.mark.hub
 @pytest.mark.parametrize("name", PLACES)

@@ -25,6 +25,18 @@ def test_files_are_written_whole_or_left_as_they_were(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["text.txt"]
 
 
+def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:
+    """Such as /dev/null, the page of somebody who wants only what is printed, as root in a container."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "page")
+        assert pipe.is_fifo() and os.read(reading, 100) == b"page"
+    finally:
+        os.close(reading)
+
+
 def test_a_failed_rename_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text.txt"
     write_text(path, "old")

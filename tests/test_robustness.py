@@ -151,7 +151,9 @@ def test_scores_are_those_of_a_plain_loop(trained: Run, tmp_path: Path) -> None:
         (row,) = [row for row in worse if (row["kind"], row["strength"]) == (kind, strength)]
         images = CorruptedImages(opened.images, processor, kind, strength)
         assert row["score"] == pytest.approx(accuracy_of(model, images, processor))
-    page = Page((tmp_path / "page.html").read_text())
+    text = (tmp_path / "page.html").read_text()
+    assert f"Robustness of {trained.path.name}<" in text and str(trained.path.parent) not in text
+    page = Page(text)
     assert any(row[0] == "32 × 32 pixels" for row in page.rows) and any(
         row[0] == "rotation" for row in page.rows
     )

@@ -76,9 +76,11 @@ def show_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position < text_columns else "right", overflow="fold")
+        table.add_column(
+            Text(printable(column)), justify="left" if position < text_columns else "right", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
     # Soft wrapping, which `say` wants for long paths, would break a table's lines.

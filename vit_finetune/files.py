@@ -66,7 +66,10 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, as UTF-8."""
+    """Writes a file whole or not at all, as UTF-8; what is no file, such as /dev/null, it writes into."""
+    if path.exists() and not path.is_file():  # a file would take its name, and its place on this machine
+        path.write_text(text, encoding="utf-8")
+        return
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

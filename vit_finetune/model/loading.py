@@ -262,6 +262,8 @@ def _at_hand(path: str, revision: str | None = None) -> str:
         if (run := Run(folder)).exists() and not (folder / "config.json").is_file():
             raise RunError(f"{path} is a run, and no model folder: write {run.model}")
         return str(folder)
+    if (run := Run(folder.parent)).exists() and folder == run.model:  # and no "photos/model" of the Hub
+        raise RunError(f"{run.path}: the run has no model yet. Continue it with `train … --resume`")
     named = parse_hub_id(path)
     if named is None:
         raise RunError(f"{path}: no such model folder. Expected one, or a Hub id (owner/name[@revision])")

@@ -45,6 +45,8 @@ def build_page(document: dict[str, Any], sheet: Image.Image | None) -> str:
         .get_template("robustness.html.jinja")
         .render(
             document=document,
+            target=_name(document["target"]),
+            data=_name(document["data"]) if document["data"] else None,
             charts=[(caption, Markup(chart)) for caption, chart in drawn],  # escaped in figures
             corruptions=Markup(_draw_corruptions(document, kinds)) if corruptions else None,
             rows=[(kind, [row for row in corruptions[1:] if row["kind"] == kind]) for kind in kinds],
@@ -52,6 +54,12 @@ def build_page(document: dict[str, Any], sheet: Image.Image | None) -> str:
             sheet=_encode(sheet) if sheet else None,
         )
     )
+
+
+def _name(place: str) -> str:
+    """What is called by a path, without the folders above it: the page may be for others. Hub ids stay."""
+    path = Path(place).expanduser()
+    return path.resolve().name if path.exists() else place
 
 
 def _encode(sheet: Image.Image) -> Picture | None:
