@@ -19,7 +19,12 @@ import torch
 from conftest import TINY_VIT, Say, draw_folder, draw_image, tiny_recipe
 from labelled_shapes import NAMES, flag_rows, recipe_of, write_rows
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from vit_finetune import exporting
 from vit_finetune.data.transforms import EvaluationImages, normalize
@@ -370,6 +375,19 @@ def test_random_pixels_claim_no_accuracy(tmp_path: Path, capsys: pytest.CaptureF
     assert facts["models"]["model.onnx"]["largest_difference"] < 1e-5
     told = capsys.readouterr().err
     assert "random pixels" in told and "nothing is said about accuracy" in told
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_model_that_others_trained(classes: int, tmp_path: Path) -> None:
+    """Its config has no `problem_type`, and of two classes without names no `id2label`."""
+    model = ViTForImageClassification(ViTConfig(**TINY_VIT, num_labels=classes))
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "problem_type" not in config and ("id2label" in config) == (classes > 2)
+    export(tmp_path / "model", output=tmp_path / "onnx")
+    draw_image((200, 10, 10), 0, (16, 16)).save(tmp_path / "a.png")
+    check_against_predict(tmp_path / "model", tmp_path / "onnx", [tmp_path / "a.png"])
 
 
 def test_other_images_are_checked(run: Run, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 
 CONFIG = json.loads(Path(__file__).with_name("config.json").read_text(encoding="utf-8"))
 PROCESSOR = json.loads(Path(__file__).with_name("preprocessor_config.json").read_text(encoding="utf-8"))
-SEVERAL_LABELS = CONFIG["problem_type"] == "multi_label_classification"
+SEVERAL_LABELS = CONFIG.get("problem_type") == "multi_label_classification"
+NAMES = CONFIG.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers writes all names but these
 
 
 def read_pixels(file):
@@ -47,7 +48,7 @@ if __name__ == "__main__":
     model = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
     for path in sys.argv[2:]:
         probabilities = classify(model, read_pixels(path)[None])[0].tolist()
-        labelled = [(CONFIG["id2label"][str(number)], value) for number, value in enumerate(probabilities)]
+        labelled = [(NAMES[str(number)], value) for number, value in enumerate(probabilities)]
         best = sorted(labelled, key=lambda pair: -pair[1])[:5]
         answer = {
             "path": path,
