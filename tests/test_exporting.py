@@ -416,6 +416,16 @@ def test_a_folder_that_is_there_is_kept(run: Run) -> None:
     assert [path.name for path in (run.path / "onnx").iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_by_another_name_is_filled(run: Run, tmp_path: Path) -> None:
+    """A folder cannot be renamed to what is a link, or where somebody is: the files must not vanish."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export(run.path, output=tmp_path / "link")
+    assert {path.name for path in (tmp_path / "real").iterdir()} == FILES and (tmp_path / "link").is_symlink()
+    with pytest.raises(RunError, match=r"you are in it\. Write to a new folder, such as --output onnx"):
+        export(run.path, output=".")
+
+
 def test_a_file_that_answers_otherwise_is_not_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_another(model: Any, size: tuple[int, int], path: Path) -> None:
         with torch.no_grad():
@@ -464,6 +474,8 @@ def test_a_disk_that_is_full(
     code, told = say_offline("export", run.path, "--output", disk / "onnx")
     assert code == 1 and "the disk is full" in told and "Traceback" not in told
     assert list(disk.iterdir()) == []
+    code, told = say_offline("export", run.path, "--output", disk)
+    assert code == 1 and "a disk is mounted there" in told
 
 
 @pytest.fixture
