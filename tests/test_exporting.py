@@ -352,6 +352,8 @@ def test_photographs_are_prepared_as_predict_does(tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (40, 50), np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     files.append(tmp_path / "deep.png")
+    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "deep.tif")  # another mode of Pillow's
+    files.append(tmp_path / "deep.tif")
     for number, settings in enumerate(
         [
             {"resize": "squash"},

@@ -17,8 +17,11 @@ NAMES = CONFIG.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transforme
 def read_pixels(file):
     """An image file as the model wants it: float32 (3, height, width), fitted and normalised."""
     image = ImageOps.exif_transpose(Image.open(file))
-    if image.mode.startswith("I;16"):  # Pillow would turn everything above 255 white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # Pillow would turn everything above 255 white
+        grey = np.asarray(image)
+        if image.mode != "I" or grey.max() > 255:  # 16 bits
+            grey = grey >> 8
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     size, edge = PROCESSOR["size"], PROCESSOR["size"].get("shortest_edge")
     fitted = (
         [int(edge * side / min(image.size)) for side in image.size]
@@ -28,7 +31,7 @@ def read_pixels(file):
     image = image.convert("RGB").resize(fitted, PROCESSOR["resample"])
     if PROCESSOR.get("do_center_crop"):
         width, height = PROCESSOR["crop_size"]["width"], PROCESSOR["crop_size"]["height"]
-        left, top = (image.width - width) // 2, (image.height - height) // 2
+        left, top = int((image.width - width) / 2), int((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32).transpose(2, 0, 1) * PROCESSOR["rescale_factor"]
     mean, std = np.reshape([PROCESSOR["image_mean"], PROCESSOR["image_std"]], (2, 3, 1, 1))
