@@ -319,6 +319,20 @@ def test_int8_needs_images_to_calibrate_on(folder: Path, tmp_path: Path) -> None
     assert "accuracy" in facts["models"]["model_int8.onnx"]
 
 
+def test_int8_of_what_one_file_does_not_hold(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above 1.5 GB torch writes the weights beside, where onnxruntime's quantiser does not find them."""
+
+    def write_beside(model: Any, size: tuple[int, int], path: Path) -> None:
+        write_onnx(model, size, path)
+        onnx.save(onnx.load(path), path, save_as_external_data=True, location=f"{path.name}.data")
+
+    monkeypatch.setattr(exporting, "write_onnx", write_beside)
+    with pytest.raises(RunError, match="too large for --quantize"):
+        export(run.path, quantize="int8")
+    export(run.path)
+    assert {path.name for path in (run.path / "onnx").iterdir()} == FILES | {"model.onnx.data"}
+
+
 def test_int8_that_costs_much_is_told(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
