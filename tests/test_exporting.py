@@ -458,6 +458,21 @@ def test_a_file_that_answers_otherwise_is_not_written(run: Run, monkeypatch: pyt
     assert not [path for path in run.path.iterdir() if "onnx" in path.name]
 
 
+def test_a_file_for_one_image_at_a_time_is_not_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "answer", lambda *given: writing.answer(*given)[:1])
+    with pytest.raises(RunError, match="of 3 images the ONNX file makes 1 answers"):
+        export(run.path)
+    assert not (run.path / "onnx").exists()
+
+
+def test_pixels_are_compared_on_the_scale_of_their_channel(tmp_path: Path) -> None:
+    """One level of 255 is five times as much where the deviation is a fifth."""
+    model = save(tmp_path / "model")
+    written = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(written | {"image_std": [0.1, 0.5, 0.5]}))
+    assert export(model, output=tmp_path / "onnx")["script"]["pixel_levels"] == 1.0
+
+
 def test_what_torch_cannot_translate_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Branching(torch.nn.Module):
         def forward(self, values: torch.Tensor) -> torch.Tensor:
