@@ -361,3 +361,21 @@ def test_of_several_labels_the_surest_wrong_one_is_explained(trained: Run) -> No
         np.zeros((1, 3)),
     )
     assert _wrong_class(single, 0) == 2
+
+
+def test_a_call_that_was_stopped_is_repeated(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ctrl-C leaves is known for ours, and replaced."""
+    for name in ("a", "b"):
+        draw_image((200, 10, 10), 0, (16, 16)).save(tmp_path / f"{name}.png")
+    images, folder = [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "looked"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("vit_finetune.explaining.save_sheet", stop)
+        explain(run.path, images, folder)
+    explain(run.path, images, folder)
+    assert {path.name for path in (folder / "overlays").iterdir()} == {"a.png", "b.png"}

@@ -19,7 +19,12 @@ import torch
 from conftest import TINY_VIT, Say, draw_folder, draw_image, tiny_recipe
 from labelled_shapes import NAMES, flag_rows, recipe_of, write_rows
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from vit_finetune import exporting
 from vit_finetune.data.transforms import EvaluationImages, normalize
@@ -314,6 +319,20 @@ def test_int8_needs_images_to_calibrate_on(folder: Path, tmp_path: Path) -> None
     assert "accuracy" in facts["models"]["model_int8.onnx"]
 
 
+def test_int8_of_what_one_file_does_not_hold(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above 1.5 GB torch writes the weights beside, where onnxruntime's quantiser does not find them."""
+
+    def write_beside(model: Any, size: tuple[int, int], path: Path) -> None:
+        write_onnx(model, size, path)
+        onnx.save(onnx.load(path), path, save_as_external_data=True, location=f"{path.name}.data")
+
+    monkeypatch.setattr(exporting, "write_onnx", write_beside)
+    with pytest.raises(RunError, match="too large for --quantize"):
+        export(run.path, quantize="int8")
+    export(run.path)
+    assert {path.name for path in (run.path / "onnx").iterdir()} == FILES | {"model.onnx.data"}
+
+
 def test_int8_that_costs_much_is_told(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +366,8 @@ def test_photographs_are_prepared_as_predict_does(tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (40, 50), np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     files.append(tmp_path / "deep.png")
+    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "deep.tif")  # another mode of Pillow's
+    files.append(tmp_path / "deep.tif")
     for number, settings in enumerate(
         [
             {"resize": "squash"},
@@ -370,6 +391,19 @@ def test_random_pixels_claim_no_accuracy(tmp_path: Path, capsys: pytest.CaptureF
     assert facts["models"]["model.onnx"]["largest_difference"] < 1e-5
     told = capsys.readouterr().err
     assert "random pixels" in told and "nothing is said about accuracy" in told
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_model_that_others_trained(classes: int, tmp_path: Path) -> None:
+    """Its config has no `problem_type`, and of two classes without names no `id2label`."""
+    model = ViTForImageClassification(ViTConfig(**TINY_VIT, num_labels=classes))
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "problem_type" not in config and ("id2label" in config) == (classes > 2)
+    export(tmp_path / "model", output=tmp_path / "onnx")
+    draw_image((200, 10, 10), 0, (16, 16)).save(tmp_path / "a.png")
+    check_against_predict(tmp_path / "model", tmp_path / "onnx", [tmp_path / "a.png"])
 
 
 def test_other_images_are_checked(run: Run, tmp_path: Path) -> None:
@@ -398,6 +432,16 @@ def test_a_folder_that_is_there_is_kept(run: Run) -> None:
     assert [path.name for path in (run.path / "onnx").iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_by_another_name_is_filled(run: Run, tmp_path: Path) -> None:
+    """A folder cannot be renamed to what is a link, or where somebody is: the files must not vanish."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export(run.path, output=tmp_path / "link")
+    assert {path.name for path in (tmp_path / "real").iterdir()} == FILES and (tmp_path / "link").is_symlink()
+    with pytest.raises(RunError, match=r"you are in it\. Write to a new folder, such as --output onnx"):
+        export(run.path, output=".")
+
+
 def test_a_file_that_answers_otherwise_is_not_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_another(model: Any, size: tuple[int, int], path: Path) -> None:
         with torch.no_grad():
@@ -412,6 +456,21 @@ def test_a_file_that_answers_otherwise_is_not_written(run: Run, monkeypatch: pyt
     with pytest.raises(RunError, match=r"on 9 images a probability .* is off by"):
         export(run.path)
     assert not [path for path in run.path.iterdir() if "onnx" in path.name]
+
+
+def test_a_file_for_one_image_at_a_time_is_not_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "answer", lambda *given: writing.answer(*given)[:1])
+    with pytest.raises(RunError, match="of 3 images the ONNX file makes 1 answers"):
+        export(run.path)
+    assert not (run.path / "onnx").exists()
+
+
+def test_pixels_are_compared_on_the_scale_of_their_channel(tmp_path: Path) -> None:
+    """One level of 255 is five times as much where the deviation is a fifth."""
+    model = save(tmp_path / "model")
+    written = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(written | {"image_std": [0.1, 0.5, 0.5]}))
+    assert export(model, output=tmp_path / "onnx")["script"]["pixel_levels"] == 1.0
 
 
 def test_what_torch_cannot_translate_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,6 +505,8 @@ def test_a_disk_that_is_full(
     code, told = say_offline("export", run.path, "--output", disk / "onnx")
     assert code == 1 and "the disk is full" in told and "Traceback" not in told
     assert list(disk.iterdir()) == []
+    code, told = say_offline("export", run.path, "--output", disk)
+    assert code == 1 and "a disk is mounted there" in told
 
 
 @pytest.fixture

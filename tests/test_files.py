@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_finetune.files import is_disk_full, write_json, write_text, written_whole
+from vit_finetune.files import folder_written_whole, is_disk_full, write_json, write_text, written_whole
 from vit_finetune.run import CalibrationBin, ClassScore, Mistake, Report, RunError
 
 
@@ -49,6 +49,20 @@ def test_a_failed_rename_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: 
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["text.txt"]
+
+
+def test_a_folder_that_cannot_take_its_name_is_told(tmp_path: Path) -> None:
+    """What another process made whole stays; of a link, or a mounted disk, the files would be gone."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "theirs").touch()
+    with folder_written_whole(tmp_path / "first") as temporary:
+        (temporary / "ours").touch()
+    assert [file.name for file in (tmp_path / "first").iterdir()] == ["theirs"]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(NotADirectoryError), folder_written_whole(tmp_path / "link") as temporary:
+        (temporary / "ours").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "link", "real"}
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

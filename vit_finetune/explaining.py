@@ -75,6 +75,7 @@ def explain(
     for picture in before:
         (folder / picture).unlink(missing_ok=True)
     book = _Book(folder, unique_names(paths, _stems_in(folder)))
+    book.begin()
     distances, size = [], (0, 0)
     with progress("explaining", len(paths), "images") as advance:
         for number, path in enumerate(paths):
@@ -111,6 +112,12 @@ class _Book:
         self.sheets: list[str] = []
         self.rows: list[Row] = []
         self.columns: list[str] = []
+
+    def begin(self) -> None:
+        """Writes which pictures will come: the next call knows them for ours where this one is stopped."""
+        planned = [{"overlay": f"overlays/{name}.png", "heads": f"heads/{name}.png"} for name in self.names]
+        sheets = [f"sheet-{number + 1}.png" for number in range(-(-len(planned) // ROWS))]
+        write_json(self.folder / DOCUMENT, {"sheets": sheets, "images": planned})
 
     def add(self, entry: dict[str, Any], title: str, image: Image.Image, look: Look) -> None:
         """Writes the pictures of one image, and the sheet that it fills."""

@@ -124,7 +124,7 @@ def export(
 
 
 def _free_folder(run: Run, target: str, output: str | Path | None) -> Path:
-    """The folder to write, which is not there yet, or empty."""
+    """The folder to write, which is not there yet, or empty and can be replaced."""
     if output is not None:
         folder = Path(output).expanduser()
     elif run.exists():
@@ -135,6 +135,12 @@ def _free_folder(run: Run, target: str, output: str | Path | None) -> Path:
         folder = Path(f"{named[0].split('/')[-1] if named else path.resolve().name}-onnx")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise RunError(f"{folder} is there already. Remove it, or write to another folder with --output")
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if folder.is_dir() and (folder.is_mount() or folder.samefile(Path.cwd())):
+        raise RunError(
+            f"{folder} cannot be written as a whole: a disk is mounted there, or you are in it. Write to a "
+            f"new folder, such as --output {shlex.quote(str(folder / 'onnx'))}"
+        )
     return folder
 
 

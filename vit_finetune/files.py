@@ -35,6 +35,9 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` to fill; it takes the name `path` only when the block ends well.
 
     Where another process was first, its folder stays.
+
+    Raises:
+        OSError: the folder cannot take that name: it is a link, or a disk is mounted there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -43,8 +46,8 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         try:
             temporary.replace(path)
-        except OSError:
-            if not path.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -166,7 +166,15 @@ def write_int8(source: Path, path: Path, batches: Iterable[np.ndarray]) -> None:
         source: the file in float.
         path: of the file to write.
         batches: images to calibrate on, each float32 `(batch, 3, height, width)`.
+
+    Raises:
+        RunError: the weights lie in a file beside, from where onnxruntime 1.32 cannot quantise them.
     """
+    if size_of(source) > source.stat().st_size:
+        raise RunError(
+            f"a model of {size_of(source) / 1e9:.1f} GB is too large for --quantize: onnxruntime quantises "
+            f"what fits in one ONNX file, less than 2 GB. Nothing was written; export it without"
+        )
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
