@@ -35,10 +35,17 @@ def texts(model: Published = MODEL, space: str = "ann/colours-page") -> dict[str
 
 def test_the_files_stand_alone() -> None:
     files = texts()
-    assert sorted(files) == ["README.md", "app.py", "attention.py", "images.py", "requirements.txt"]
+    assert sorted(files) == [
+        "README.md",
+        "app.py",
+        "attention.py",
+        "gate.py",
+        "images.py",
+        "requirements.txt",
+    ]
     required = {line.partition("==")[0] for line in files["requirements.txt"].split()}
     known = {"PIL": "pillow", "starlette": "gradio"} | {name.replace("-", "_"): name for name in required}
-    for name in ("app.py", "attention.py", "images.py"):
+    for name in ("app.py", "attention.py", "gate.py", "images.py"):
         assert "vit_finetune" not in files[name]
         for node in ast.walk(ast.parse(files[name])):
             modules = (

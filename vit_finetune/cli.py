@@ -62,8 +62,7 @@ def check(
         from vit_finetune.checking import check
 
         facts = check(loaded, output)
-        if as_json:
-            _print_json(facts)
+        _print_json(facts, as_json)
         if "stops" in facts:
             raise RunError(facts["stops"])
 
@@ -119,14 +118,14 @@ def evaluate(
             from vit_finetune.robustness import evaluate_robustness
 
             found = evaluate_robustness(target, data, split, image_size or [], corruptions, output)
-            if as_json:
-                _print_json(found)
+            _print_json(found, as_json)
+        if as_json:
             return
         from vit_finetune.evaluation.scoring import evaluate
 
         report = evaluate(target, data, split, calibrated=calibrated)
+        _print_json(json.loads(report.to_json()), as_json)
         if as_json:
-            _print_json(json.loads(report.to_json()))
             return
         title = f"{target} on {data or 'its own images'}: {report.split}"
         show_table(title, ["score", ""], all_scores(report))
@@ -149,8 +148,8 @@ def predict(
         from vit_finetune.evaluation.prediction import predict
 
         found = predict(target, images, top, calibrated)
+        _print_json(found, as_json)
         if as_json:
-            _print_json(found)
             return
         for image in found:
             classes = ", ".join(f"{p['label']} {p['probability']:.3f}" for p in image["predictions"])
@@ -203,8 +202,7 @@ def compare(
         from vit_finetune.comparing import compare
 
         document = compare(runs, output)
-        if as_json:
-            _print_json(document)
+        _print_json(document, as_json)
 
     guarded(work, debug)
 
@@ -258,8 +256,7 @@ def explain(
         from vit_finetune.explaining import explain
 
         found = explain(target, images, output)
-        if as_json:
-            _print_json(found)
+        _print_json(found, as_json)
 
     guarded(work, debug)
 
@@ -308,8 +305,7 @@ def export(
         from vit_finetune.exporting import export
 
         facts = export(target, data, quantize, output)
-        if as_json:
-            _print_json(facts)
+        _print_json(facts, as_json)
 
     guarded(work, debug)
 
@@ -382,8 +378,9 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
         raise typer.Exit(2) from None
 
 
-def _print_json(value: Any) -> None:
-    answer(json.dumps(value, indent=2, ensure_ascii=False))
+def _print_json(value: Any, wanted: bool) -> None:
+    if wanted:
+        answer(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _command() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
     AutoConfig,
@@ -200,12 +201,8 @@ def _build_config(config: ModelConfig, labels: Sequence[str], multi_label: bool)
             raise RunError(f"model.config.{key} is not a key of {type(default).__name__}{hint}")
     try:
         built = type(default)(**values)
-    except (ValueError, TypeError) as error:
-        raise RunError(f"model.config: {str(error).strip()}") from None
-    except Exception as error:  # huggingface_hub's strict dataclasses raise a class of their own
-        if type(error).__name__ != "StrictDataclassFieldValidationError":
-            raise
-        raise RunError(f"model.config: {error.__cause__ or error}") from None
+    except (ValueError, TypeError, StrictDataclassFieldValidationError) as error:
+        raise RunError(f"model.config: {str(error.__cause__ or error).strip()}") from None
     width, heads = getattr(built, "hidden_size", 0), getattr(built, "num_attention_heads", 1)
     # Builds today, but other versions of transformers refuse to load it.
     if isinstance(heads, int) and width % heads:

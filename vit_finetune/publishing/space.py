@@ -14,12 +14,14 @@ from vit_finetune.publishing.markdown import join_card
 PACKAGE = Path(__file__).parent.parent
 SOURCES = {
     "app.py": "demo.py",
+    "gate.py": "gate.py",
     "images.py": "data/images.py",
     "attention.py": "evaluation/attention.py",
 }
 """Files of the Space that are files of this package."""
 IMPORTS = {
     "from vit_finetune.data.images import": "from images import",
+    "from vit_finetune.gate import": "from gate import",
     "from vit_finetune.evaluation.attention import": "from attention import",
 }
 """All that is different in them."""
@@ -110,7 +112,7 @@ def _card(space: str, model: Published) -> str:
         f"Drop an image: this page shows what [{model.repo_id}]({web_address(model.repo_id)}) takes "
         f"it for, and where it looked.\nIt runs the commit `{model.commit}`; no images of the training data "
         f"are part of it.\n\n"
-        f"`app.py`, `images.py` and `attention.py` were written by `vit-finetune demo --space` and need "
+        f"`app.py` and the files beside it were written by `vit-finetune demo --space` and need "
         f"nothing of\nthat package. A private model needs a secret `HF_TOKEN` in the settings.\n"
     )
     return join_card(front, text)
