@@ -94,7 +94,7 @@ def test_a_pushed_model_gets_a_page_that_answers(
     code, _, said = say("demo", "ann/colours", "--space", "ann/colours")
     assert code == 0, said
     assert "hub: ann/colours (a new Space), as ann" in said
-    assert f"published: {hub.url}/spaces/ann/colours (5 of 5 files were new)" in said
+    assert f"published: {hub.url}/spaces/ann/colours (6 of 6 files were new)" in said
     assert "private" not in said
     repo = hub.repo("ann/colours", "space")
     files = repo.files()

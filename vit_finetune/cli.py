@@ -119,7 +119,6 @@ def evaluate(
 
             found = evaluate_robustness(target, data, split, image_size or [], corruptions, output)
             _print_json(found, as_json)
-        if as_json:
             return
         from vit_finetune.evaluation.scoring import evaluate
 
