@@ -104,7 +104,7 @@ def test_a_pushed_model_gets_a_page_that_answers(
     assert hub.repo("ann/colours").find("main").id in files["app.py"].decode()
     commits = len(repo.commits("main"))
     code, _, said = say("demo", "ann/colours", "--space", "ann/colours")
-    assert code == 0 and "(0 of 5 files were new)" in said
+    assert code == 0 and "(0 of 6 files were new)" in said
     assert len(repo.commits("main")) == commits
 
     folder = tmp_path / "space"
