@@ -152,6 +152,10 @@ def test_serving_is_timed_in_turns_and_leaves_the_models_as_they_were(
     assert set(rates) == {"first", "second"} and min(rates.values()) > 0
     assert turns == ["first", "second"] * 6  # one round to warm up, five that count
     assert all(model.training for model, _ in models.values())
+    ticks = iter(range(10_000))  # by a clock that goes on at each look, twice the images take as long
+    monkeypatch.setattr("vit_finetune.evaluation.speed.time.perf_counter", lambda: next(ticks))
+    few, many = measure_serving(models, 2), measure_serving(models, 4)
+    assert many == {name: 2 * rate for name, rate in few.items()}
 
 
 @pytest.mark.browser

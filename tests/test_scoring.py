@@ -8,7 +8,7 @@ import evaluate as hf_evaluate
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VIT, draw_folder, draw_image
+from conftest import TINY_VIT, draw_folder, draw_image, draw_lopsided
 from sklearn import metrics as sk
 
 from vit_finetune.data.splits.carving import load_splits
@@ -129,13 +129,14 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-def test_evaluate_matches_classes_by_name_not_by_number(folder: Path, model: str) -> None:
+def test_evaluate_matches_classes_by_name_not_by_number(tmp_path: Path, model: str) -> None:
+    folder = draw_lopsided(tmp_path / "photos", {"red": 9, "green": 12, "blue": 6})
     report = evaluate(model, data=str(folder))
-    assert (report.split, report.num_images, report.labels) == ("all", 36, ["red", "blue", "green"])
+    assert (report.split, report.num_images, report.labels) == ("all", 27, ["red", "blue", "green"])
     answers = predict(model, [folder])
     right = sum(a["predictions"][0]["label"] == Path(a["path"]).parent.name for a in answers)
-    assert report.accuracy == pytest.approx(right / 36)
-    assert np.sum(report.confusion_matrix, axis=1).tolist() == [12, 12, 12]
+    assert report.accuracy == pytest.approx(right / 27)
+    assert np.sum(report.confusion_matrix, axis=1).tolist() == [9, 6, 12]
 
 
 def test_evaluate_refuses_other_classes_by_name(tmp_path: Path, model: str) -> None:
