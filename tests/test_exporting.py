@@ -12,18 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY_VIT, Say, draw_folder, draw_image, tiny_recipe
+from conftest import TINY_VIT, Say, draw_folder, tiny_recipe
+from exported import check_against_predict, images_of, run_alone, run_onnx, save
 from labelled_shapes import NAMES, flag_rows, recipe_of, write_rows
-from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
 )
 
 from vit_finetune import exporting
@@ -32,81 +28,20 @@ from vit_finetune.evaluation.images import own_split
 from vit_finetune.evaluation.prediction import predict
 from vit_finetune.exporting import export
 from vit_finetune.finetuning import finetune
-from vit_finetune.model.loading import load_checkpoint, load_model
+from vit_finetune.model.loading import load_checkpoint
 from vit_finetune.publishing import export as writing
-from vit_finetune.publishing.export import INPUT, OUTPUT, write_int8, write_onnx
-from vit_finetune.recipe import ModelConfig, load_recipe
+from vit_finetune.publishing.export import write_int8, write_onnx
+from vit_finetune.recipe import load_recipe
 from vit_finetune.reports import load_report
 from vit_finetune.run import Report, Run, RunError
 
-LABELS = ["ant", "bee", "cat"]
 FILES = {"model.onnx", "config.json", "preprocessor_config.json", "predict_onnx.py", "export.json"}
-ALONE = """
-import runpy, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "transformers", "vit_finetune", "simplejpeg", "scipy"):
-            raise ImportError(f"{name} is not on this machine")
-sys.meta_path.insert(0, Refuse())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-"""Runs a script where neither this package nor those that it is made of can be imported."""
 
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times each file a few times only."""
     monkeypatch.setattr("vit_finetune.evaluation.speed.SECONDS", 0.0)
-
-
-def run_onnx(path: Path, pixel_values: np.ndarray) -> np.ndarray:
-    """Logits, by onnxruntime and nothing of ours."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run([OUTPUT], {INPUT: pixel_values})[0]
-
-
-def save(folder: Path, labels: list[str] = LABELS, **config: Any) -> Path:
-    """A model folder with random weights, large enough that answers differ."""
-    torch.manual_seed(0)
-    model, processor = load_model(ModelConfig(**({"config": TINY_VIT} | config)), labels)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def run_alone(folder: Path, *images: Path, model: str = "model.onnx") -> list[dict[str, Any]]:
-    """What the script of a folder says, with onnxruntime, Pillow and numpy alone."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            ALONE,
-            str(folder / "predict_onnx.py"),
-            str(folder / model),
-            *map(str, images),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def check_against_predict(model: Path, folder: Path, images: list[Path], tolerance: float = 1e-4) -> None:
-    """The script's answers are those of `vit-finetune predict`."""
-    expected, found = predict(model, images), run_alone(folder, *images)
-    assert [answer["path"] for answer in found] == [answer["path"] for answer in expected]
-    for ours, theirs in zip(found, expected):
-        values = {row["label"]: row["probability"] for row in theirs["predictions"]}
-        assert {row["label"] for row in ours["predictions"]} == values.keys()
-        for row in ours["predictions"]:
-            assert row["probability"] == pytest.approx(values[row["label"]], abs=tolerance)
-        assert ours.get("labels") == theirs.get("labels")
 
 
 # --------------------------------------------------------------------------- the same model
@@ -137,12 +72,6 @@ def test_the_file_answers_as_the_run_was_scored(run: Run, capsys: pytest.Capture
     check_against_predict(
         run.path, folder, sorted((run.path.parent).glob("**/mistake-*.jpg"))[:3] or images_of(run)
     )
-
-
-def images_of(run: Run, count: int = 4) -> list[Path]:
-    """Image files of a run's data."""
-    root = Path(load_recipe(run.recipe).data.path)
-    return sorted(root.glob("*/*.png"))[:: max(1, 36 // count)]
 
 
 @pytest.mark.slow
@@ -351,38 +280,6 @@ def test_int8_that_costs_much_is_told(
 # --------------------------------------------------------------------------- images
 
 
-def test_photographs_are_prepared_as_predict_does(tmp_path: Path) -> None:
-    """Turned, transparent, grey, 16 bits, palette, of any shape; squashed or cropped, by both interpolations."""
-    files = []
-    for number, (mode, suffix) in enumerate(
-        [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpg")]
-    ):
-        image = draw_image((200, 120 + 20 * number, 60), number, (61 + 13 * number, 97 - 7 * number))
-        image.paste((10, 200, 30), (5, 5, 30, 20))
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        image.convert(mode).save(tmp_path / f"{mode}.{suffix}", exif=exif)
-        files.append(tmp_path / f"{mode}.{suffix}")
-    deep = np.random.default_rng(0).integers(0, 65536, (40, 50), np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    files.append(tmp_path / "deep.png")
-    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "deep.tif")  # another mode of Pillow's
-    files.append(tmp_path / "deep.tif")
-    for number, settings in enumerate(
-        [
-            {"resize": "squash"},
-            {"resize": "crop", "config": TINY_VIT | {"image_size": [16, 24]}, "crop_fraction": 0.9},
-        ]
-    ):
-        for resample in (2, 3):
-            model = save(tmp_path / f"model-{number}-{resample}", **settings)
-            written = json.loads((model / "preprocessor_config.json").read_text()) | {"resample": resample}
-            (model / "preprocessor_config.json").write_text(json.dumps(written))
-            folder = tmp_path / f"onnx-{number}-{resample}"
-            assert export(model, output=folder)["script"]["pixel_levels"] <= 1.01
-            check_against_predict(model, folder, files, tolerance=1e-3)
-
-
 def test_random_pixels_claim_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = export(save(tmp_path / "model"))
     assert (Path.cwd() / "model-onnx" / "model.onnx").is_file()
@@ -391,19 +288,6 @@ def test_random_pixels_claim_no_accuracy(tmp_path: Path, capsys: pytest.CaptureF
     assert facts["models"]["model.onnx"]["largest_difference"] < 1e-5
     told = capsys.readouterr().err
     assert "random pixels" in told and "nothing is said about accuracy" in told
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_a_model_that_others_trained(classes: int, tmp_path: Path) -> None:
-    """Its config has no `problem_type`, and of two classes without names no `id2label`."""
-    model = ViTForImageClassification(ViTConfig(**TINY_VIT, num_labels=classes))
-    model.save_pretrained(tmp_path / "model")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert "problem_type" not in config and ("id2label" in config) == (classes > 2)
-    export(tmp_path / "model", output=tmp_path / "onnx")
-    draw_image((200, 10, 10), 0, (16, 16)).save(tmp_path / "a.png")
-    check_against_predict(tmp_path / "model", tmp_path / "onnx", [tmp_path / "a.png"])
 
 
 def test_other_images_are_checked(run: Run, tmp_path: Path) -> None:
@@ -465,14 +349,6 @@ def test_a_file_for_one_image_at_a_time_is_not_written(run: Run, monkeypatch: py
     assert not (run.path / "onnx").exists()
 
 
-def test_pixels_are_compared_on_the_scale_of_their_channel(tmp_path: Path) -> None:
-    """One level of 255 is five times as much where the deviation is a fifth."""
-    model = save(tmp_path / "model")
-    written = json.loads((model / "preprocessor_config.json").read_text())
-    (model / "preprocessor_config.json").write_text(json.dumps(written | {"image_std": [0.1, 0.5, 0.5]}))
-    assert export(model, output=tmp_path / "onnx")["script"]["pixel_levels"] == 1.0
-
-
 def test_what_torch_cannot_translate_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Branching(torch.nn.Module):
         def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -486,15 +362,6 @@ def test_what_torch_cannot_translate_is_refused(run: Run, monkeypatch: pytest.Mo
     ):
         export(run.path)
     assert not (run.path / "onnx").exists()
-
-
-def test_an_image_processor_that_the_script_does_not_know(tmp_path: Path) -> None:
-    model = save(tmp_path / "model")
-    written = json.loads((model / "preprocessor_config.json").read_text())
-    (model / "preprocessor_config.json").write_text(json.dumps(written | {"do_normalize": False}))
-    with pytest.raises(RunError, match=r"predict_onnx\.py cannot prepare images as"):
-        export(model, output=tmp_path / "onnx")
-    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.slow

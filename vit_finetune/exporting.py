@@ -112,8 +112,9 @@ def export(
             for name, found in logits.items()
         }
         _check_same(compared[FLOAT_FILE]["largest_difference"], f"{len(images.items)} images", model)
-        tried = _try_script(made, images, logits[MODEL], model, image_processor)
-        speeds = _time(answers, images, model, image_processor)
+        script = runpy.run_path(str(made / SCRIPT))
+        tried = _try_script(script, sessions[FLOAT_FILE], images, logits[MODEL], model, image_processor)
+        speeds = _time(answers, model, size)
         models = {name: facts | {"images_per_second": speeds[name]} for name, facts in compared.items()}
         for name in sessions:
             models[name]["bytes"] = size_of(made / name)
@@ -183,7 +184,8 @@ def _check_same(difference: float, images: str, model: PreTrainedModel) -> None:
 
 
 def _try_script(
-    made: Path,
+    script: Mapping[str, Any],
+    session: InferenceSession,
     images: ComparedImages,
     expected: np.ndarray,
     model: PreTrainedModel,
@@ -194,7 +196,6 @@ def _try_script(
     Raises:
         RunError: the image processor does something that the script does not know of.
     """
-    script = runpy.run_path(str(made / SCRIPT))
     rows = spread_rows(len(expected), SCRIPT_IMAGES)
     ours = np.stack([script["read_pixels"](io.BytesIO(images.encoded(row))) for row in rows])
     theirs = torch.stack([images.items[row]["pixel_values"] for row in rows])
@@ -207,7 +208,6 @@ def _try_script(
             f"are off by {levels:.0f} of 255. Expected one that fits images to a size, or their shorter "
             f"side and crops the middle, and normalises them. Nothing was written"
         )
-    session = open_session(made / FLOAT_FILE, torch.get_num_threads())
     scored = probabilities_of(expected[rows], model)
     _check_same(
         float(np.abs(script["classify"](session, prepared) - scored).max()), f"{SCRIPT}'s images", model
@@ -216,16 +216,12 @@ def _try_script(
     return {"num_images": len(rows), "largest_difference": difference, "pixel_levels": round(levels, 2)}
 
 
-def _time(
-    answers: Answers, images: ComparedImages, model: PreTrainedModel, image_processor: BaseImageProcessor
-) -> dict[str, dict[str, float]]:
+def _time(answers: Answers, model: PreTrainedModel, size: tuple[int, int]) -> dict[str, dict[str, float]]:
     """Images per second of all that answer, by name and batch size; from pixels to logits."""
-    first = torch.stack([images.items[row]["pixel_values"] for row in spread_rows(len(images.items), BATCH)])
-    pixel_values = normalize(first, image_processor)
-    pixel_values = pixel_values.repeat(-(-BATCH // len(pixel_values)), 1, 1, 1)[:BATCH]
     speeds: dict[str, dict[str, float]] = {name: {} for name in answers}
     for batch in (1, BATCH):
-        work = {name: partial(compute, pixel_values[:batch]) for name, compute in answers.items()}
+        pixel_values = torch.rand(batch, 3, *size)
+        work = {name: partial(compute, pixel_values) for name, compute in answers.items()}
         with scoring_mode(model):
             rates = repeat_in_turns(work, f"timing, {batch} at a time")
         for name, rate in rates.items():

@@ -30,8 +30,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FLOAT_FILE, INT8_FILE, SCRIPT = "model.onnx", "model_int8.onnx", "predict_onnx.py"
 INPUT, OUTPUT = "pixel_values", "logits"
 OPSET = 18
-"""Of the ONNX operators: the one that torch translates to without converting further; every onnxruntime since
-1.14 (February 2023) reads it, the one for browsers too."""
+"""Of the ONNX operators: the one that torch translates to without converting further."""
 TOLERANCE = 1e-4
 """Largest difference of a probability with which a file counts as the same model."""
 INT8_METHOD = "weights per channel; inputs of convolutions by calibration, of linear layers as they come"
@@ -62,7 +61,7 @@ class _Logits(nn.Module):
 def write_onnx(model: PreTrainedModel, size: tuple[int, int], path: Path) -> None:
     """Writes a model as ONNX: `pixel_values` float32 `(batch, 3, H, W)` → `logits` `(batch, classes)`.
 
-    The batch is free, height and width are the model's. Weights above 2 GB lie in a file beside. By torch
+    The batch is free, height and width are the model's. Weights above 1.5 GB lie in a file beside. By torch
     itself: transformers' exporter calls the same, answers no better and is marked experimental.
 
     Args:
@@ -173,7 +172,7 @@ def write_int8(source: Path, path: Path, batches: Iterable[np.ndarray]) -> None:
     if size_of(source) > source.stat().st_size:
         raise RunError(
             f"a model of {size_of(source) / 1e9:.1f} GB is too large for --quantize: onnxruntime quantises "
-            f"what fits in one ONNX file, less than 2 GB. Nothing was written; export it without"
+            f"what fits in one ONNX file, up to 1.5 GB. Nothing was written; export it without"
         )
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
